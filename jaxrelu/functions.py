@@ -1,0 +1,426 @@
+"""relu, leaky_relu, prelu, elu and relu6 with a stated derivative at the kink.
+
+One rule for the family: at a kink the unit counts as inactive, so the derivative is that of the flat or damped side.
+`kink` moves it: derivative = inactive + kink * (active - inactive). Every rule is linear in the incoming gradient, at the
+kink too.
+
+The rules of relu, relu6, leaky_relu and elu(save="output") read the output y, which the next layer keeps anyway, so that
+the input can be freed. XLA undoes that where it can see that y is cheap to recompute from x, as it is for maximum(x, 0).
+The values are therefore written as where(x > 0, active side, inactive side), with both sides expressions of x: a constant
+side would be kept as a full array by a scan over layers.
+"""
+
+import functools
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any, Literal, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+
+_Jitted = Callable[..., Array]
+
+
+def relu(x: ArrayLike, *, kink: float = 0.0) -> Array:
+    """Rectified linear unit.
+
+    `relu(x) = max(x, 0)`. The derivative is 0 for x < 0, `kink` at 0 and 1 for x > 0; at NaN it is 0.
+
+    Args:
+        x: real numbers of any shape and any float or integer dtype.
+        kink: the derivative at 0, a finite Python number.
+
+    Returns:
+        An array with the shape and dtype of `x`.
+
+    Raises:
+        TypeError: `x` is not a real number or array, or `kink` is not a Python number.
+        ValueError: `kink` is not finite.
+
+    References:
+        Nair and Hinton 2010, Rectified linear units improve restricted Boltzmann machines; Bertoin et al. 2021,
+        Numerical influence of ReLU'(0) on backpropagation (arXiv:2106.12915).
+
+    Examples:
+        >>> import jax, jaxrelu
+        >>> jaxrelu.relu(jax.numpy.array([-5.0, 2.5, -1.75, 1.6]))
+        Array([0. , 2.5, 0. , 1.6], dtype=float32)
+        >>> jax.grad(jaxrelu.relu)(0.0)
+        Array(0., dtype=float32, weak_type=True)
+    """
+    return _relu_jit(_real("relu", "x", x), _kink("relu", kink))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _relu(x: Array, kink: float) -> Array:
+    return jnp.where(x > 0, x, jnp.maximum(x, 0))
+
+
+@_relu.defjvp
+def _relu_jvp(kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x,), (g,) = primals, tangents
+    y = _relu(x, kink)
+    return y, _tangent(y > 0, x == 0, kink, g, jnp.zeros_like(g))
+
+
+# jitted, as an eager call of a bare custom_jvp function traces its body every time
+_relu_jit: _Jitted = jax.jit(_relu, static_argnums=1)
+
+
+def leaky_relu(x: ArrayLike, negative_slope: ArrayLike = 0.01, *, kink: float = 0.0) -> Array:
+    """Leaky rectified linear unit.
+
+    `leaky_relu(x) = x` for x > 0, else `negative_slope * x`. The derivative is 1 for x > 0, `negative_slope` for x < 0
+    and at NaN, and `negative_slope + kink * (1 - negative_slope)` at 0. A slope that is an array is differentiable too.
+
+    Args:
+        x: real numbers of any shape; integers are promoted to the default float.
+        negative_slope: slope for x < 0: a Python number, or an array that broadcasts to the shape of `x`.
+        kink: where the derivative at 0 lies between the two sides, 0 the negative, 1 the positive; a finite number.
+
+    Returns:
+        An array with the shape of `x` and its float dtype.
+
+    Raises:
+        TypeError: `x` or `negative_slope` is not a real number or array, or `kink` is not a Python number.
+        ValueError: `negative_slope` does not broadcast to `x`, or `kink` is not finite.
+
+    References:
+        Maas et al. 2013, Rectifier nonlinearities improve neural network acoustic models.
+
+    Examples:
+        >>> import jax, jaxrelu
+        >>> jaxrelu.leaky_relu(jax.numpy.array([-2.0, 0.0, 3.0]), 0.1)
+        Array([-0.2,  0. ,  3. ], dtype=float32)
+    """
+    x, kink = _floating("leaky_relu", "x", x), _kink("leaky_relu", kink)
+    if _is_number(negative_slope):
+        return _leaky_relu_jit(x, float(negative_slope), kink)
+    slope = _fitting("leaky_relu", "negative_slope", negative_slope, x)
+    return _prelu_jit(x, slope, None, kink)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _leaky_relu(x: Array, slope: float, kink: float) -> Array:
+    wide = _widen(x)
+    return _cast(jnp.where(wide > 0, wide, slope * wide), x)
+
+
+@_leaky_relu.defjvp
+def _leaky_relu_jvp(slope: float, kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x,), (g,) = primals, tangents
+    y = _leaky_relu(x, slope, kink)
+    on = (y if slope > 0 else x) > 0  # the sign of y is that of x only for a positive slope
+    wide = _widen(g)
+    return y, _cast(_tangent(on, x == 0, kink, wide, slope * wide), g)
+
+
+_leaky_relu_jit: _Jitted = jax.jit(_leaky_relu, static_argnums=(1, 2))
+
+
+def prelu(x: ArrayLike, negative_slope: ArrayLike, *, axis: int | None = None, kink: float = 0.0) -> Array:
+    """Parametric rectified linear unit: a leaky_relu whose slope is learned.
+
+    `prelu(x, a) = x` for x > 0, else `a * x`. The derivative in x is 1 for x > 0, `a` for x < 0 and at NaN, and
+    `a + kink * (1 - a)` at 0; in a it is x for x < 0, else 0. The slope's gradient is summed in float32 or wider, then
+    cast to the slope's dtype.
+
+    Args:
+        x: real numbers of any shape; integers are promoted to the default float.
+        negative_slope: the slope a: a scalar, a vector along `axis`, or an array that broadcasts to the shape of `x`.
+        axis: the axis of `x` along which a vector of slopes lies, e.g. 1 for channels in NCHW, -1 in NHWC; None
+            broadcasts by NumPy's rules.
+        kink: where the derivative at 0 lies between the two sides, 0 the negative, 1 the positive; a finite number.
+
+    Returns:
+        An array with the shape of `x` and its float dtype.
+
+    Raises:
+        TypeError: `x` or `negative_slope` is not a real number or array, `axis` no int, or `kink` no Python number.
+        ValueError: `negative_slope` does not broadcast to `x`, `axis` does not fit, or `kink` is not finite.
+
+    References:
+        He et al. 2015, Delving deep into rectifiers (arXiv:1502.01852).
+
+    Examples:
+        >>> import jax, jaxrelu
+        >>> x = jax.numpy.array([[-4.0, -4.0], [2.0, 2.0]])
+        >>> jaxrelu.prelu(x, jax.numpy.array([0.25, 0.5]), axis=0)
+        Array([[-1., -1.],
+               [ 2.,  2.]], dtype=float32)
+    """
+    x, kink = _floating("prelu", "x", x), _kink("prelu", kink)
+    return _prelu_jit(x, _fitting("prelu", "negative_slope", negative_slope, x, axis), axis, kink)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _prelu(x: Array, slope: Array, kink: float) -> Array:
+    # the slope is rounded to x's dtype, and the product once more; the 8-bit floats multiply in float32
+    wide = _widen(x)
+    return _cast(jnp.where(wide > 0, wide, _cast(_cast(slope, x), wide) * wide), x)
+
+
+@functools.partial(_prelu.defjvp, symbolic_zeros=True)
+def _prelu_jvp(kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x, slope), (g, h) = primals, tangents
+    on, wide = x > 0, _widen(x)
+    active = off = jnp.zeros_like(wide)
+    # a tangent that is known to be zero is left out: its product with an infinite x or slope would be NaN
+    if type(g) is not SymbolicZero:
+        active = _widen(g)
+        off = _cast(_cast(slope, x), wide) * active
+    if type(h) is not SymbolicZero:
+        # masked before the product, so that +inf on the active side meets no 0 in either mode; the product is wide, so
+        # that its transpose sums the slope's gradient in float32
+        off += wide * _cast(jnp.where(on, jnp.zeros_like(h), h), wide)
+    return _prelu(x, slope, kink), _cast(_tangent(on, x == 0, kink, active, off), x)
+
+
+def _prelu_along(x: Array, slope: Array, axis: int | None, kink: float) -> Array:
+    return _prelu(x, _align(slope, x, axis), kink)
+
+
+_prelu_jit: _Jitted = jax.jit(_prelu_along, static_argnums=(2, 3))
+
+
+def elu(x: ArrayLike, alpha: ArrayLike = 1.0, *, kink: float = 0.0, save: Literal["input", "output"] = "input") -> Array:
+    """Exponential linear unit.
+
+    `elu(x) = x` for x > 0, else `alpha * expm1(x)`. The derivative is 1 for x > 0, `alpha * exp(x)` for x < 0, NaN at NaN
+    and `alpha + kink * (1 - alpha)` at 0. An alpha that is an array is differentiable too.
+
+    Args:
+        x: real numbers of any shape; integers are promoted to the default float.
+        alpha: minus the value at -inf: a Python number, or an array that broadcasts to the shape of `x`.
+        kink: where the derivative at 0 lies between the two sides, 0 the negative, 1 the positive; a finite number.
+        save: what the backward pass keeps. "input" gives an accurate derivative everywhere. "output" gives `y + alpha` on
+            the negative side and lets x be freed: off by at most 1 ulp of alpha, and 0 below x = -6.25 in bfloat16, -8.3 in
+            float16, -17 in float32.
+
+    Returns:
+        An array with the shape of `x` and its float dtype.
+
+    Raises:
+        TypeError: `x` or `alpha` is not a real number or array, or `kink` is not a Python number.
+        ValueError: `alpha` does not broadcast to `x`, `kink` is not finite, `save` is neither "input" nor "output", or
+            `save="output"` comes with an alpha that is not a positive Python number or with a kink that is not 0.
+
+    References:
+        Clevert et al. 2016, Fast and accurate deep network learning by exponential linear units (arXiv:1511.07289).
+
+    Examples:
+        >>> import jax, jaxrelu
+        >>> jaxrelu.elu(jax.numpy.array([-1.0, 0.0, 2.0]))
+        Array([-0.63212055,  0.        ,  2.        ], dtype=float32)
+    """
+    x, kink = _floating("elu", "x", x), _kink("elu", kink)
+    if save not in ("input", "output"):
+        raise ValueError(f'elu: save must be "input" or "output", got {save!r}')
+    number = _is_number(alpha)
+    if save == "output" and not (number and float(alpha) > 0 and kink == 0.0):
+        raise ValueError(
+            'elu: save="output" needs a positive Python number as alpha and kink 0, as the sign of the output decides, got '
+            f'alpha={alpha!r} and kink={kink}; use save="input"'
+        )
+    if number:
+        return _elu_jit(x, float(alpha), kink, save)
+    return _elu_array_jit(x, _fitting("elu", "alpha", alpha, x), kink)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _elu(x: Array, alpha: Array, kink: float, save: str) -> Array:
+    wide = _widen(x)
+    return _cast(jnp.where(wide > 0, wide, _cast(alpha, wide) * _expm1(wide)), x)
+
+
+@functools.partial(_elu.defjvp, symbolic_zeros=True)
+def _elu_jvp(kink: float, save: str, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x, alpha), (g, h) = primals, tangents
+    y, wide = _elu(x, alpha, kink, save), _widen(x)
+    t = jnp.zeros_like(wide)
+    if type(g) is not SymbolicZero:
+        # the inactive side is clipped by a select, whose derivative at 0 is 0: so is elu's second derivative there
+        if save == "output":
+            slope = jnp.where(y > 0, jnp.ones_like(y), jnp.where(y >= 0, jnp.zeros_like(y), y) + alpha)
+        else:
+            # exp, as expm1 + 1 loses the derivative's digits from x = -4 on in bfloat16
+            slope = _cast(alpha, wide) * jnp.exp(jnp.where(wide >= 0, jnp.zeros_like(wide), wide))
+            slope = _tangent(wide > 0, wide == 0, kink, jnp.ones_like(slope), slope)
+        t = _cast(slope, wide) * _widen(g)
+    if type(h) is not SymbolicZero:
+        t += _elu(jnp.where(wide > 0, jnp.zeros_like(wide), wide), jnp.ones_like(alpha), 0.0, "input") * _cast(h, wide)
+    return y, _cast(t, x)
+
+
+def _elu_array(x: Array, alpha: Array, kink: float) -> Array:
+    return _elu(x, _align(alpha, x, None), kink, "input")
+
+
+_elu_jit: _Jitted = jax.jit(_elu, static_argnums=(1, 2, 3))
+_elu_array_jit: _Jitted = jax.jit(_elu_array, static_argnums=2)
+
+
+def relu6(x: ArrayLike, *, kink: float = 0.0) -> Array:
+    """Rectified linear unit, bounded at 6.
+
+    `relu6(x) = min(max(x, 0), 6)`. The derivative is 1 for 0 < x < 6, `kink` at 0 and at 6, else 0; at NaN it is 0.
+
+    Args:
+        x: real numbers of any shape and any float or integer dtype.
+        kink: the derivative at 0 and at 6, a finite Python number.
+
+    Returns:
+        An array with the shape and dtype of `x`.
+
+    Raises:
+        TypeError: `x` is not a real number or array, or `kink` is not a Python number.
+        ValueError: `kink` is not finite.
+
+    References:
+        Krizhevsky 2010, Convolutional deep belief networks on CIFAR-10; Sandler et al. 2018, MobileNetV2
+        (arXiv:1801.04381).
+
+    Examples:
+        >>> import jax, jaxrelu
+        >>> jaxrelu.relu6(jax.numpy.array([-1.0, 5.0, 7.0]))
+        Array([0., 5., 6.], dtype=float32)
+    """
+    return _relu6_jit(_real("relu6", "x", x), _kink("relu6", kink))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _relu6(x: Array, kink: float) -> Array:
+    return jnp.where(x > 0, jnp.minimum(x, 6), jnp.maximum(x, 0))
+
+
+@_relu6.defjvp
+def _relu6_jvp(kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x,), (g,) = primals, tangents
+    y = _relu6(x, kink)
+    return y, _tangent((y > 0) & (y < 6), (x == 0) | (x == 6), kink, g, jnp.zeros_like(g))
+
+
+_relu6_jit: _Jitted = jax.jit(_relu6, static_argnums=1)
+
+
+def _tangent(on: Array, at_kink: Array, kink: float, active: Array, inactive: Array) -> Array:
+    """Returns the tangent of a piecewise function: selected, so that the side not taken adds no 0 * inf."""
+    if kink != 0.0:
+        inactive = jnp.where(at_kink, kink * active + (1.0 - kink) * inactive, inactive)
+    return jnp.where(on, active, inactive)
+
+
+def _expm1(x: Array) -> Array:
+    """Returns expm1(x) for x <= 0 and anything finite for x > 0.
+
+    jnp.expm1 serves both sides, which costs twice the time, and is up to 5 ulp off on the CPU of jax 0.10. This one is
+    within .89 ulp: x = n ln 2 + r, expm1(x) = 2^n expm1(r) + (2^n - 1), a polynomial in r fitted on [-ln 2 / 2, ln 2 / 2].
+    """
+    if x.dtype != jnp.float32:
+        return jnp.expm1(jnp.minimum(x, 0))
+    x = jnp.clip(x, -18.0, 0.0)  # expm1(-18) rounds to -1; NaN passes
+    # adding 1.5 * 2^23 rounds to an integer; it is read from the sum's bits, as XLA may fold (x + c) - c to x
+    shifted = x * np.float32(1 / math.log(2)) + np.float32(1.5 * 2**23)
+    n = lax.bitcast_convert_type(shifted, jnp.int32) - np.float32(1.5 * 2**23).view(np.int32)
+    # ln 2 = 355 / 512 - 2.12e-4, the first part short enough for an exact product with n
+    r = (x - n.astype(jnp.float32) * np.float32(355 / 512)) - n.astype(jnp.float32) * np.float32(math.log(2) - 355 / 512)
+    power = lax.bitcast_convert_type((n + 127) << 23, jnp.float32)
+    q = jnp.full_like(r, 0.00019904672808479518)
+    for c in (0.001394022023305297, 0.008333289064466953, 0.041666366159915924, 0.1666666716337204, 0.5):
+        q = q * r + np.float32(c)
+    return power * (r + r * r * q) + (power - 1)
+
+
+def _widen(x: Array) -> Array:
+    """Returns x in float32 if it is narrower."""
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+
+
+def _cast(x: Array, like: Array) -> Array:
+    """Returns x in the dtype of like; weakly typed, as a Python number is, if like is."""
+    if not like.weak_type:
+        return x.astype(like.dtype)
+    # no public conversion makes a weak type, but an update keeps that of the array it updates
+    return x if x.weak_type else like.at[...].set(x)
+
+
+def _align(parameter: Array, x: Array, axis: int | None) -> Array:
+    """Returns parameter in float32 or wider, with as many axes as x."""
+    wide = _widen(parameter) if jnp.issubdtype(parameter.dtype, jnp.floating) else parameter.astype(jnp.float32)
+    shape = [1] * x.ndim
+    if axis is None or wide.ndim == 0:
+        shape[x.ndim - wide.ndim :] = wide.shape
+    else:
+        shape[axis] = wide.size
+    return wide.reshape(shape)
+
+
+def _kink(function: str, kink: object) -> float:
+    """Returns kink as a float if it is a finite Python number."""
+    if not _is_number(kink):
+        raise TypeError(f"{function}: kink must be a Python number, as it is static, got {_describe(kink)}; pass a float")
+    if not math.isfinite(kink):
+        raise ValueError(f"{function}: kink must be finite, got {kink}")
+    return float(kink)
+
+
+def _is_number(x: object) -> TypeGuard[float]:
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
+
+def _real(function: str, argument: str, x: Any) -> Any:
+    """Returns x if it is a real number or an array of them."""
+    if not isinstance(x, jax.Array) and hasattr(x, "__jax_array__"):  # a Flax variable, say
+        x = x.__jax_array__()
+    if isinstance(x, (jax.Array, np.ndarray, np.generic)):
+        if jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer):
+            return x
+    elif isinstance(x, (int, float)) and not isinstance(x, bool):
+        return x
+    raise TypeError(
+        f"{function}: {argument} must be a real number or an array of floats or integers, got {_describe(x)}; "
+        f"convert it first, e.g. with jnp.asarray({argument}, jnp.float32)"
+    )
+
+
+def _floating(function: str, argument: str, x: Any) -> Any:
+    """Returns x as _real does, integers as the default float."""
+    x = _real(function, argument, x)
+    if isinstance(x, int):
+        return float(x)
+    if isinstance(x, float) or jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return jnp.asarray(x, jnp.result_type(float))
+
+
+def _fitting(function: str, argument: str, parameter: Any, x: Any, axis: int | None = None) -> Any:
+    """Returns parameter as _real does, if it fits x along axis."""
+    parameter = _real(function, argument, parameter)
+    shape, wanted = np.shape(parameter), np.shape(x)
+    if axis is not None:
+        if isinstance(axis, bool) or not isinstance(axis, int):
+            raise TypeError(f"{function}: axis must be an int or None, got {_describe(axis)}")
+        if not -len(wanted) <= axis < len(wanted):
+            raise ValueError(f"{function}: axis {axis} is out of range for x of shape {wanted}")
+        if shape not in ((), (1,), (wanted[axis],)):
+            raise ValueError(
+                f"{function}: with axis={axis}, {argument} must be a scalar or have shape {(wanted[axis],)} for x of shape "
+                f"{wanted}, got shape {shape}; give one {argument} for each index of that axis, or axis=None"
+            )
+    elif len(shape) > len(wanted) or any(s not in (1, w) for s, w in zip(shape[::-1], wanted[::-1], strict=False)):
+        raise ValueError(
+            f"{function}: {argument} of shape {shape} must broadcast to x of shape {wanted}; reshape it, or for prelu pass "
+            "the axis of x along which it lies"
+        )
+    return parameter
+
+
+def _describe(x: Any) -> str:
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return f"{type(x).__name__} of dtype {x.dtype} and shape {x.shape}"
+    return f"{type(x).__name__} {x!r}" if x is not None else "None"
