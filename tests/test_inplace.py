@@ -1,0 +1,85 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxrelu
+from cases import Case, each_case
+from jaxrelu import inplace
+
+ARGUMENTS = {"prelu": (0.25,)}
+X = np.linspace(-8, 8, 1001, dtype=np.float32)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32], ids=["float16", "bfloat16", "float32"])
+def test_output_takes_over_the_buffer(case: Case, dtype):
+    function = getattr(inplace, case.name)
+    arguments = ARGUMENTS.get(case.name, ())
+    x = jnp.asarray(X, dtype)
+    expected = case.function(x)
+    address = x.unsafe_buffer_pointer()
+    y = function(x, *arguments)
+    assert y.unsafe_buffer_pointer() == address
+    chex.assert_trees_all_equal(y, expected)
+    with pytest.raises(RuntimeError, match="deleted"):
+        x + 1
+
+
+@each_case
+def test_a_later_use_after_an_eager_grad_raises(case: Case):
+    function = getattr(inplace, case.name)
+    x = jnp.asarray(X)
+    expected = jax.grad(lambda x: case.function(x).sum())(x)
+    gradient = jax.grad(lambda x: function(x, *ARGUMENTS.get(case.name, ())).sum())(x)
+    chex.assert_trees_all_equal(gradient, expected)
+    with pytest.raises(RuntimeError, match="deleted"):
+        x + 1
+
+
+@each_case
+def test_inside_jit_it_is_the_plain_function(case: Case):
+    x = jnp.asarray(X)
+    function = jax.jit(lambda x: getattr(inplace, case.name)(x, *ARGUMENTS.get(case.name, ())))
+    chex.assert_trees_all_equal(function(x), case.function(x))
+    assert not x.is_deleted()
+
+
+def test_arguments_are_those_of_the_functions():
+    x = np.float32(np.random.default_rng(0).normal(size=(3, 5)))
+    slopes = jnp.float32([0.1, 0.2, 0.3])
+    calls = {
+        "relu": [({}, ()), ({"kink": 0.5}, ())],
+        "leaky_relu": [({"negative_slope": 0.1}, ()), ({}, (slopes[:, None],)), ({"kink": 1.0}, (0.3,))],
+        "prelu": [({"axis": 0}, (slopes,)), ({}, (0.5,))],
+        "elu": [({"alpha": 0.5}, ()), ({"save": "output"}, ()), ({}, (slopes[:, None],)), ({"kink": 0.5}, (2,))],
+        "relu6": [({"kink": 2}, ())],
+    }
+    for name, forms in calls.items():
+        for keywords, positional in forms:
+            expected = getattr(jaxrelu, name)(jnp.asarray(x), *positional, **keywords)
+            chex.assert_trees_all_equal(getattr(inplace, name)(jnp.asarray(x), *positional, **keywords), expected)
+
+
+@each_case
+def test_what_has_no_buffer_to_give_is_refused(case: Case):
+    function = getattr(inplace, case.name)
+    for bad in (X, 1.0, [1.0], None):
+        with pytest.raises(TypeError, match=rf"inplace.{case.name}: x must be a JAX array.*; use jaxrelu.{case.name}"):
+            function(bad, *ARGUMENTS.get(case.name, ()))
+    integers = jnp.arange(3)
+    if case.name in ("relu", "relu6"):
+        assert function(integers).tolist() == [0, 1, 2]
+    else:
+        with pytest.raises(TypeError, match="JAX array of floats"):
+            function(integers, *ARGUMENTS.get(case.name, ()))
+
+
+def test_errors_are_those_of_the_functions():
+    with pytest.raises(TypeError, match="relu: x must be a real number"):
+        inplace.relu(jnp.array([True]))
+    with pytest.raises(TypeError, match="relu: kink must be a Python number"):
+        inplace.relu(jnp.ones(3), kink=[0.0])
+    with pytest.raises(ValueError, match="prelu: axis 2 is out of range"):
+        inplace.prelu(jnp.ones(3), jnp.ones(3), axis=2)
