@@ -1,0 +1,126 @@
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+
+import jaxrelu
+from jaxrelu.initializers import gain, kaiming_normal, kaiming_uniform
+
+
+def leaky(slope):
+    """E[leaky_relu(z)^2] = (1 + slope^2) / 2, and the same of the derivative."""
+    closed = math.sqrt(2 / (1 + slope**2))
+    return closed, closed
+
+
+def elu(alpha):
+    """E = 1/2 + alpha^2 E[expm1(z)^2; z < 0], with E[exp(k z); z < 0] = exp(k^2 / 2) Phi(-k)."""
+    negative = [mpmath.exp(mpmath.mpf(k) ** 2 / 2) * mpmath.ncdf(-k) for k in range(3)]
+    forward = 0.5 + alpha**2 * (negative[2] - 2 * negative[1] + negative[0])
+    return float(1 / mpmath.sqrt(forward)), float(1 / mpmath.sqrt(0.5 + alpha**2 * negative[2]))
+
+
+def relu6():
+    """E = E[z^2; 0 < z < 6] + 36 P(z > 6)."""
+    above, density = mpmath.ncdf(-6), mpmath.npdf(6)
+    inside = mpmath.mpf(0.5) - above
+    return float(1 / mpmath.sqrt(inside - 6 * density + 36 * above)), float(1 / mpmath.sqrt(inside))
+
+
+TABLE = [
+    (jaxrelu.relu, leaky(0), (1.4142135624, 1.4142135624)),
+    (functools.partial(jaxrelu.leaky_relu, negative_slope=0.01), leaky(0.01), (1.4141428570, 1.4141428570)),
+    (functools.partial(jaxrelu.leaky_relu, negative_slope=0.1), leaky(0.1), (1.4071950895, 1.4071950895)),
+    (functools.partial(jaxrelu.leaky_relu, negative_slope=0.2), leaky(0.2), (1.3867504906, 1.3867504906)),
+    (functools.partial(jaxrelu.prelu, negative_slope=0.25), leaky(0.25), (1.3719886811, 1.3719886811)),
+    (functools.partial(jaxrelu.elu, alpha=0.5), elu(0.5), (1.3655948588, 1.3582826101)),
+    (jaxrelu.elu, elu(1), (1.2451983007, 1.2234285576)),
+    (functools.partial(jaxrelu.elu, alpha=2), elu(2), (0.9623477264, 0.9235504250)),
+    (jaxrelu.relu6, relu6(), (1.4142135651, 1.4142135638)),
+]
+
+
+@pytest.mark.parametrize(("activation", "closed", "table"), TABLE)
+@pytest.mark.parametrize("x64", [False, True])
+def test_gain_is_the_closed_form(activation, closed, table, x64):
+    with jax.enable_x64(x64):
+        forward, backward = gain(activation), gain(activation, backward=True)
+    assert forward == pytest.approx(closed[0], rel=1e-9)
+    assert backward == pytest.approx(closed[1], rel=1e-9)
+    assert (round(forward, 10), round(backward, 10)) == table
+
+
+def test_gain_of_other_functions():
+    assert gain(lambda x: x) == pytest.approx(1, rel=1e-9)
+    assert gain(lambda x: 3 * x, backward=True) == pytest.approx(1 / 3, rel=1e-9)
+    # E[max(z - 1, 0)^2] = 2 Phi(-1) - phi(1): a kink where no break is set
+    closed = 1 / mpmath.sqrt(2 * mpmath.ncdf(-1) - mpmath.npdf(1))
+    assert gain(lambda x: jaxrelu.relu(x - 1)) == pytest.approx(float(closed), rel=1e-9)
+
+
+def test_gain_inside_jit_and_eval_shape():
+    inside = []
+
+    def init(key):
+        inside.append(gain(jaxrelu.elu))
+        return kaiming_normal(jaxrelu.elu)(key, (4, 3))
+
+    assert jax.eval_shape(init, jax.random.key(0)).dtype == jnp.float32
+    assert jax.jit(lambda key: init(key))(jax.random.key(0)).dtype == jnp.float32
+    assert inside == [gain(jaxrelu.elu)] * 2
+
+
+def test_gain_refuses():
+    with pytest.raises(TypeError, match="gain: activation must be a function"):
+        gain("relu")
+    with pytest.raises(TypeError, match="gain: activation must be elementwise"):
+        gain(lambda x: jnp.stack([x, x]))
+    with pytest.raises(ValueError, match="gain: the second moment must be positive and finite, got 0"):
+        gain(jnp.zeros_like)
+
+
+@pytest.mark.parametrize("kaiming", [kaiming_normal, kaiming_uniform])
+@pytest.mark.parametrize(
+    ("mode", "fan", "backward"), [("fan_in", 300, False), ("fan_out", 500, True), ("fan_avg", 400, False)]
+)
+def test_kaiming_variance(kaiming, mode, fan, backward):
+    weights = kaiming(jaxrelu.elu, mode=mode)(jax.random.key(0), (300, 500))
+    expected = gain(jaxrelu.elu, backward=backward) / math.sqrt(fan)
+    assert float(weights.std()) == pytest.approx(expected, rel=0.01)  # 150,000 draws: a standard error of 0.2 %
+    assert abs(float(weights.mean())) < 0.01 * expected
+    largest = float(jnp.abs(weights).max()) / expected
+    # untruncated: 150,000 normal draws reach past 4; a truncated one stops at 2.3
+    assert 1.7 < largest < math.sqrt(3) + 1e-3 if kaiming is kaiming_uniform else largest > 4
+
+
+def test_kaiming_axes_and_dtypes():
+    key = jax.random.key(0)
+    assert kaiming_normal()(key, (3, 4), jnp.bfloat16).dtype == jnp.bfloat16
+    assert kaiming_normal(dtype=jnp.float16)(key, (3, 4)).dtype == jnp.float16
+    swapped = kaiming_normal(in_axis=-1, out_axis=-2)(key, (200, 800))
+    assert float(swapped.std()) == pytest.approx(math.sqrt(2 / 800), rel=0.02)
+    conv = kaiming_normal()(key, (3, 3, 32, 64))
+    assert float(conv.std()) == pytest.approx(math.sqrt(2 / (9 * 32)), rel=0.03)
+    with pytest.raises(ValueError, match='kaiming_normal: mode must be "fan_in"'):
+        kaiming_normal(mode="in")
+
+
+def test_he_keeps_the_variance_that_lecun_halves_in_each_layer():
+    keys = jax.random.split(jax.random.key(0), 31)
+    x = jax.random.normal(keys[30], (128, 256))
+    variances = {}
+    for name, init in {
+        "he": kaiming_normal(),
+        "lecun": jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
+    }.items():
+        h = x
+        for key in keys[:30]:
+            h = jaxrelu.relu(h) @ init(key, (256, 256))
+        variances[name] = np.var(np.asarray(h, np.float64))
+    # the same draws, scaled by sqrt(2) in each of the layers
+    assert variances["he"] / variances["lecun"] == pytest.approx(2.0**30, rel=1e-3)
+    assert 0.1 < variances["he"] < 10
