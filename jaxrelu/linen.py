@@ -1,0 +1,113 @@
+"""The five activations as Flax linen modules."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.nn.initializers import Initializer
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxrelu import _prelu, functions
+
+
+class ReLU(nn.Module):
+    """`jaxrelu.relu` as a module.
+
+    Attributes:
+        kink: the derivative at 0.
+    """
+
+    kink: float = 0.0
+
+    def __call__(self, x: ArrayLike) -> Array:
+        return functions.relu(x, kink=self.kink)
+
+
+class LeakyReLU(nn.Module):
+    """`jaxrelu.leaky_relu` as a module.
+
+    Attributes:
+        negative_slope: slope for x < 0, a number.
+        kink: where the derivative at 0 lies between the two sides.
+    """
+
+    negative_slope: float = 0.01
+    kink: float = 0.0
+
+    def __call__(self, x: ArrayLike) -> Array:
+        return functions.leaky_relu(x, self.negative_slope, kink=self.kink)
+
+
+class PReLU(nn.Module):
+    """`jaxrelu.prelu` with its slope as the parameter `negative_slope`.
+
+    Attributes:
+        num_parameters: 1 for one slope (a parameter of shape `()`), or C for one a channel (shape `(C,)`).
+        axis: the channels' axis in the input, if there is more than one slope.
+        negative_slope_init: a number, or a JAX initializer; `nn.with_partitioning` adds sharding metadata.
+        dtype: if given, the input and the slope are cast to it.
+        param_dtype: the dtype of the parameter.
+        kink: where the derivative at 0 lies between the two sides.
+
+    Raises:
+        TypeError: `num_parameters` is no positive int.
+        ValueError: the input's size along `axis` is not `num_parameters`; raised by the call.
+
+    Examples:
+        >>> import jax, jaxrelu.linen
+        >>> prelu = jaxrelu.linen.PReLU(num_parameters=3)
+        >>> variables = prelu.init(jax.random.key(0), jax.numpy.ones((2, 3)))
+        >>> prelu.apply(variables, jax.numpy.array([[-4.0, 0.0, 4.0]]))
+        Array([[-1.,  0.,  4.]], dtype=float32)
+    """
+
+    num_parameters: int = 1
+    axis: int = -1
+    negative_slope_init: float | Initializer = 0.25
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    kink: float = 0.0
+
+    def __post_init__(self) -> None:
+        _prelu.parameter_shape(self.num_parameters)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: ArrayLike) -> Array:
+        init = self.negative_slope_init
+        if not callable(init):
+            init = jax.nn.initializers.constant(init)
+        slope = self.param("negative_slope", init, _prelu.parameter_shape(self.num_parameters), self.param_dtype)
+        return _prelu.apply(x, slope, self.axis, self.dtype, self.kink)
+
+
+class ELU(nn.Module):
+    """`jaxrelu.elu` as a module.
+
+    Attributes:
+        alpha: minus the value at -inf, a number.
+        kink: where the derivative at 0 lies between the two sides.
+        save: what the backward pass keeps, "input" or "output".
+    """
+
+    alpha: float = 1.0
+    kink: float = 0.0
+    save: Literal["input", "output"] = "input"
+
+    def __call__(self, x: ArrayLike) -> Array:
+        return functions.elu(x, self.alpha, kink=self.kink, save=self.save)
+
+
+class ReLU6(nn.Module):
+    """`jaxrelu.relu6` as a module.
+
+    Attributes:
+        kink: the derivative at 0 and at 6.
+    """
+
+    kink: float = 0.0
+
+    def __call__(self, x: ArrayLike) -> Array:
+        return functions.relu6(x, kink=self.kink)

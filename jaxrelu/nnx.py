@@ -1,0 +1,133 @@
+"""The five activations as Flax nnx modules."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.nn.initializers import Initializer
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxrelu import _prelu, functions
+
+
+class ReLU(nnx.Module):
+    """`jaxrelu.relu` as a module.
+
+    Args:
+        kink: the derivative at 0.
+    """
+
+    def __init__(self, *, kink: float = 0.0) -> None:
+        self.kink = kink
+
+    def __call__(self, x: ArrayLike) -> Array:
+        return functions.relu(x, kink=self.kink)
+
+
+class LeakyReLU(nnx.Module):
+    """`jaxrelu.leaky_relu` as a module.
+
+    Args:
+        negative_slope: slope for x < 0, a number.
+        kink: where the derivative at 0 lies between the two sides.
+    """
+
+    def __init__(self, negative_slope: float = 0.01, *, kink: float = 0.0) -> None:
+        self.negative_slope = negative_slope
+        self.kink = kink
+
+    def __call__(self, x: ArrayLike) -> Array:
+        return functions.leaky_relu(x, self.negative_slope, kink=self.kink)
+
+
+class PReLU(nnx.Module):
+    """`jaxrelu.prelu` with its slope as the parameter `negative_slope`.
+
+    Args:
+        num_parameters: 1 for one slope (a parameter of shape `()`), or C for one a channel (shape `(C,)`).
+        axis: the channels' axis in the input, if there is more than one slope.
+        negative_slope_init: a number, or a JAX initializer.
+        dtype: if given, the input and the slope are cast to it.
+        param_dtype: the dtype of the parameter.
+        kink: where the derivative at 0 lies between the two sides.
+        negative_slope_metadata: metadata of the parameter, e.g. `{"out_sharding": ("model",)}`.
+        rngs: needed only by a random `negative_slope_init`; its stream is "params".
+
+    Raises:
+        TypeError: `num_parameters` is no positive int, or `negative_slope_init` needs a key and `rngs` is None.
+        ValueError: the input's size along `axis` is not `num_parameters`; raised by the call.
+
+    Examples:
+        >>> import jax, jaxrelu.nnx
+        >>> prelu = jaxrelu.nnx.PReLU(num_parameters=3)
+        >>> prelu(jax.numpy.array([[-4.0, 0.0, 4.0]]))
+        Array([[-1.,  0.,  4.]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        num_parameters: int = 1,
+        axis: int = -1,
+        *,
+        negative_slope_init: float | Initializer = 0.25,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        kink: float = 0.0,
+        negative_slope_metadata: Mapping[str, Any] = MappingProxyType({}),
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        shape = _prelu.parameter_shape(num_parameters)
+        if not callable(negative_slope_init):
+            negative_slope_init = jax.nn.initializers.constant(negative_slope_init)
+        key: Any = None if rngs is None else rngs.params()
+        try:
+            slope = negative_slope_init(key, shape, param_dtype)
+        except TypeError as error:
+            if rngs is not None:
+                raise
+            raise TypeError(
+                f"PReLU: rngs must be given for a random negative_slope_init, got None ({error}); pass rngs=nnx.Rngs(0)"
+            ) from error
+        self.negative_slope = nnx.Param(slope, **negative_slope_metadata)
+        self.axis = axis
+        self.dtype = dtype
+        self.kink = kink
+
+    def __call__(self, x: ArrayLike) -> Array:
+        return _prelu.apply(x, self.negative_slope[...], self.axis, self.dtype, self.kink)
+
+
+class ELU(nnx.Module):
+    """`jaxrelu.elu` as a module.
+
+    Args:
+        alpha: minus the value at -inf, a number.
+        kink: where the derivative at 0 lies between the two sides.
+        save: what the backward pass keeps, "input" or "output".
+    """
+
+    def __init__(self, alpha: float = 1.0, *, kink: float = 0.0, save: Literal["input", "output"] = "input") -> None:
+        self.alpha = alpha
+        self.kink = kink
+        self.save: Literal["input", "output"] = save
+
+    def __call__(self, x: ArrayLike) -> Array:
+        return functions.elu(x, self.alpha, kink=self.kink, save=self.save)
+
+
+class ReLU6(nnx.Module):
+    """`jaxrelu.relu6` as a module.
+
+    Args:
+        kink: the derivative at 0 and at 6.
+    """
+
+    def __init__(self, *, kink: float = 0.0) -> None:
+        self.kink = kink
+
+    def __call__(self, x: ArrayLike) -> Array:
+        return functions.relu6(x, kink=self.kink)
