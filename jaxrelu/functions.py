@@ -65,7 +65,8 @@ def _relu(x: Array, kink: float) -> Array:
 def _relu_jvp(kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x,), (g,) = primals, tangents
     y = _relu(x, kink)
-    return y, _tangent(y > 0, x == 0, kink, g, jnp.zeros_like(g))
+    # selected, never multiplied by a mask: an infinite gradient through an inactive unit gives 0
+    return y, jnp.where(y > 0, g, _only_at_kink(x == 0, kink, g))
 
 
 # jitted, as an eager call of a bare custom_jvp function traces its body every time
@@ -117,7 +118,7 @@ def _leaky_relu_jvp(slope: float, kink: float, primals: Any, tangents: Any) -> t
     y = _leaky_relu(x, slope, kink)
     on = (y if slope > 0 else x) > 0  # the sign of y is that of x only for a positive slope
     wide = _widen(g)
-    return y, _cast(_tangent(on, x == 0, kink, wide, slope * wide), g)
+    return y, _cast(jnp.where(on, wide, _at_kink(x, kink, slope) * wide), g)
 
 
 _leaky_relu_jit: _Jitted = jax.jit(_leaky_relu, static_argnums=(1, 2))
@@ -173,12 +174,12 @@ def _prelu_jvp(kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
     # a tangent that is known to be zero is left out: its product with an infinite x or slope would be NaN
     if type(g) is not SymbolicZero:
         active = _widen(g)
-        off = _cast(_cast(slope, x), wide) * active
+        off = _at_kink(x, kink, _cast(_cast(slope, x), wide)) * active
     if type(h) is not SymbolicZero:
         # masked before the product, so that +inf on the active side meets no 0 in either mode; the product is wide, so
         # that its transpose sums the slope's gradient in float32
         off += wide * _cast(jnp.where(on, jnp.zeros_like(h), h), wide)
-    return _prelu(x, slope, kink), _cast(_tangent(on, x == 0, kink, active, off), x)
+    return _prelu(x, slope, kink), _cast(jnp.where(on, active, off), x)
 
 
 def _prelu_along(x: Array, slope: Array, axis: int | None, kink: float) -> Array:
@@ -250,10 +251,12 @@ def _elu_jvp(kink: float, save: str, primals: Any, tangents: Any) -> tuple[Array
         else:
             # exp, as expm1 + 1 loses the derivative's digits from x = -4 on in bfloat16
             slope = _cast(alpha, wide) * jnp.exp(jnp.where(wide >= 0, jnp.zeros_like(wide), wide))
-            slope = _tangent(wide > 0, wide == 0, kink, jnp.ones_like(slope), slope)
+            slope = jnp.where(wide > 0, jnp.ones_like(slope), _at_kink(x, kink, slope))
         t = _cast(slope, wide) * _widen(g)
     if type(h) is not SymbolicZero:
-        t += _elu(jnp.where(wide > 0, jnp.zeros_like(wide), wide), jnp.ones_like(alpha), 0.0, "input") * _cast(h, wide)
+        # expm1 of the negative side, by the function whose derivative is stated; h is masked as in prelu's rule
+        e = _elu(jnp.where(wide > 0, jnp.zeros_like(wide), wide), jnp.ones_like(alpha), 0.0, "input")
+        t += e * _cast(jnp.where(wide > 0, jnp.zeros_like(h), h), wide)
     return y, _cast(t, x)
 
 
@@ -295,24 +298,28 @@ def relu6(x: ArrayLike, *, kink: float = 0.0) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _relu6(x: Array, kink: float) -> Array:
-    return jnp.where(x > 0, jnp.minimum(x, 6), jnp.maximum(x, 0))
+    top = min(6, int(jnp.iinfo(x.dtype).max)) if jnp.issubdtype(x.dtype, jnp.integer) else 6  # int2 ends at 1
+    return jnp.where(x > 0, jnp.minimum(x, top), jnp.maximum(x, 0))
 
 
 @_relu6.defjvp
 def _relu6_jvp(kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x,), (g,) = primals, tangents
     y = _relu6(x, kink)
-    return y, _tangent((y > 0) & (y < 6), (x == 0) | (x == 6), kink, g, jnp.zeros_like(g))
+    return y, jnp.where((y > 0) & (y < 6), g, _only_at_kink((x == 0) | (x == 6), kink, g))
 
 
 _relu6_jit: _Jitted = jax.jit(_relu6, static_argnums=1)
 
 
-def _tangent(on: Array, at_kink: Array, kink: float, active: Array, inactive: Array) -> Array:
-    """Returns the tangent of a piecewise function: selected, so that the side not taken adds no 0 * inf."""
-    if kink != 0.0:
-        inactive = jnp.where(at_kink, kink * active + (1.0 - kink) * inactive, inactive)
-    return jnp.where(on, active, inactive)
+def _at_kink(x: Array, kink: float, slope: Any) -> Any:
+    """Returns the slope of the inactive side, moved towards 1, the active side's, where x is 0."""
+    return slope if kink == 0.0 else jnp.where(x == 0, kink + (1.0 - kink) * slope, slope)
+
+
+def _only_at_kink(at_kink: Array, kink: float, g: Array) -> Array:
+    """Returns the tangent of a flat side: kink * g at the kink, else 0."""
+    return jnp.zeros_like(g) if kink == 0.0 else jnp.where(at_kink, kink * g, jnp.zeros_like(g))
 
 
 def _expm1(x: Array) -> Array:
@@ -395,6 +402,8 @@ def _floating(function: str, argument: str, x: Any) -> Any:
         return float(x)
     if isinstance(x, float) or jnp.issubdtype(x.dtype, jnp.floating):
         return x
+    if getattr(x, "weak_type", False):  # a Python int that an outer jit traces
+        return x * 1.0
     return jnp.asarray(x, jnp.result_type(float))
 
 

@@ -40,9 +40,7 @@ def leaky_relu(x: Array, negative_slope: ArrayLike = 0.01, *, kink: float = 0.0)
         x,
         (negative_slope,),
         functions.leaky_relu,
-        {
-            ("kink", kink),
-        },
+        {"kink": kink},
     )
 
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 import jaxrelu
-from cases import Case, each_case
 from jaxrelu import inplace
+
+from cases import Case, each_case
 
 ARGUMENTS = {"prelu": (0.25,)}
 X = np.linspace(-8, 8, 1001, dtype=np.float32)
@@ -17,7 +18,7 @@ X = np.linspace(-8, 8, 1001, dtype=np.float32)
 def test_output_takes_over_the_buffer(case: Case, dtype):
     function = getattr(inplace, case.name)
     arguments = ARGUMENTS.get(case.name, ())
-    x = jnp.asarray(X, dtype)
+    x = jnp.array(X, dtype)  # a copy: asarray may share NumPy's memory, which is never given away
     expected = case.function(x)
     address = x.unsafe_buffer_pointer()
     y = function(x, *arguments)
