@@ -1,0 +1,74 @@
+"""The command line of the examples: one-line errors, and number types that refuse what training cannot use."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports an error in one line on stderr, without the usage, and exits with code 2."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(
+            prog, description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def positive_int(text: str) -> int:
+    """Returns a whole number from 1 to a million; beyond it the count of steps would not fit 32 bits."""
+    return _whole(text, 1, 10**6)
+
+
+def natural(text: str) -> int:
+    """Returns a whole number from 0 to a million."""
+    return _whole(text, 0, 10**6)
+
+
+def seed(text: str) -> int:
+    """Returns a seed that JAX, NumPy and scikit-learn all take."""
+    return _whole(text, 0, 2**32 - 1)
+
+
+def positive_float(text: str) -> float:
+    """Returns a positive finite number."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive finite number, got {text!r}")
+    return value
+
+
+def nonnegative_float(text: str) -> float:
+    """Returns a finite number of 0 or more."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {text!r}")
+    return value
+
+
+def path(text: str) -> Path:
+    """Returns a path; an empty one, as an unset shell variable gives, would mean the current directory."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"must be a path, got {text!r}")
+    return Path(text)
+
+
+def _whole(text: str, low: int, high: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or not low <= value <= high:
+        kind = "a positive integer" if low == 1 else "an integer of at least 0"
+        raise argparse.ArgumentTypeError(f"must be {kind}, at most {high}, got {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
