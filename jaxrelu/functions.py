@@ -7,7 +7,7 @@ kink too.
 The rules of relu, relu6, leaky_relu and elu(save="output") read the output y, which the next layer keeps anyway, so that
 the input can be freed. XLA undoes that where it can see that y is cheap to recompute from x, as it is for maximum(x, 0).
 The values are therefore written as where(x > 0, active side, inactive side), with both sides expressions of x: a constant
-side would be kept as a full array by a scan over layers.
+side would be kept as a full array by a scan over layers. TPU's compiler does all this by itself, and is left alone.
 """
 
 import functools
@@ -58,15 +58,26 @@ def relu(x: ArrayLike, *, kink: float = 0.0) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _relu(x: Array, kink: float) -> Array:
-    return jnp.where(x > 0, x, jnp.maximum(x, 0))
+    def plain(x: Array) -> Array:
+        return jnp.maximum(x, 0)
+
+    if jnp.issubdtype(x.dtype, jnp.integer):  # no derivative, and some narrow ones no abs
+        return plain(x)
+    # a GPU's matrix product takes in bias and relu if relu is a maximum; abs keeps x of two uses apart, as XLA merges
+    # where(x > 0, x, maximum(x, 0)) into one use and then keeps x, in the feed-forward part of a transformer
+    return lax.platform_dependent(
+        x, cuda=plain, rocm=plain, tpu=plain, default=lambda x: jnp.where(x > 0, jnp.abs(x), plain(x))
+    )
 
 
 @_relu.defjvp
 def _relu_jvp(kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x,), (g,) = primals, tangents
     y = _relu(x, kink)
+    # XLA would turn maximum(x, 0) > 0 into x > 0, and keep x; it lets the sign be
+    on = jnp.sign(_kept(x, y)) > 0
     # selected, never multiplied by a mask: an infinite gradient through an inactive unit gives 0
-    return y, jnp.where(y > 0, g, _only_at_kink(x == 0, kink, g))
+    return y, jnp.where(on, g, _only_at_kink(x == 0, kink, g))
 
 
 # jitted, as an eager call of a bare custom_jvp function traces its body every time
@@ -116,9 +127,8 @@ def _leaky_relu(x: Array, slope: float, kink: float) -> Array:
 def _leaky_relu_jvp(slope: float, kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x,), (g,) = primals, tangents
     y = _leaky_relu(x, slope, kink)
-    on = (y if slope > 0 else x) > 0  # the sign of y is that of x only for a positive slope
-    wide = _widen(g)
-    return y, _cast(jnp.where(on, wide, _at_kink(x, kink, slope) * wide), g)
+    on = (_kept(x, y) if slope > 0 else x) > 0  # the sign of y is that of x only for a positive slope
+    return y, jnp.where(on, g, _cast(_at_kink(x, kink, slope) * _widen(g), g))
 
 
 _leaky_relu_jit: _Jitted = jax.jit(_leaky_relu, static_argnums=(1, 2))
@@ -243,21 +253,22 @@ def _elu(x: Array, alpha: Array, kink: float, save: str) -> Array:
 def _elu_jvp(kink: float, save: str, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x, alpha), (g, h) = primals, tangents
     y, wide = _elu(x, alpha, kink, save), _widen(x)
-    t = jnp.zeros_like(wide)
+    t = jnp.zeros_like(x)
     if type(g) is not SymbolicZero:
         # the inactive side is clipped by a select, whose derivative at 0 is 0: so is elu's second derivative there
         if save == "output":
-            slope = jnp.where(y > 0, jnp.ones_like(y), jnp.where(y >= 0, jnp.zeros_like(y), y) + alpha)
+            slope = jnp.where(_kept(x, y) > 0, jnp.ones_like(y), jnp.where(y >= 0, jnp.zeros_like(y), y) + alpha)
         else:
             # exp, as expm1 + 1 loses the derivative's digits from x = -4 on in bfloat16
             slope = _cast(alpha, wide) * jnp.exp(jnp.where(wide >= 0, jnp.zeros_like(wide), wide))
             slope = jnp.where(wide > 0, jnp.ones_like(slope), _at_kink(x, kink, slope))
-        t = _cast(slope, wide) * _widen(g)
+        # rounded before the product, so that a scan over layers keeps the slope in 16 bits
+        t = _cast(slope, x) * g
     if type(h) is not SymbolicZero:
         # expm1 of the negative side, by the function whose derivative is stated; h is masked as in prelu's rule
         e = _elu(jnp.where(wide > 0, jnp.zeros_like(wide), wide), jnp.ones_like(alpha), 0.0, "input")
-        t += e * _cast(jnp.where(wide > 0, jnp.zeros_like(h), h), wide)
-    return y, _cast(t, x)
+        t += _cast(e * _cast(jnp.where(wide > 0, jnp.zeros_like(h), h), wide), x)
+    return y, t
 
 
 def _elu_array(x: Array, alpha: Array, kink: float) -> Array:
@@ -312,6 +323,14 @@ def _relu6_jvp(kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
 _relu6_jit: _Jitted = jax.jit(_relu6, static_argnums=1)
 
 
+def _kept(x: Array, y: Array) -> Array:
+    """Returns what a rule reads the sign of: the output, but on a TPU the input.
+
+    TPU's compiler recomputes either from the other as it sees fit, and takes up to 12 % more memory for a sign of y.
+    """
+    return lax.platform_dependent(x, y, tpu=lambda x, y: x, default=lambda x, y: y)
+
+
 def _at_kink(x: Array, kink: float, slope: Any) -> Any:
     """Returns the slope of the inactive side, moved towards 1, the active side's, where x is 0."""
     return slope if kink == 0.0 else jnp.where(x == 0, kink + (1.0 - kink) * slope, slope)
@@ -323,13 +342,19 @@ def _only_at_kink(at_kink: Array, kink: float, g: Array) -> Array:
 
 
 def _expm1(x: Array) -> Array:
-    """Returns expm1(x) for x <= 0 and anything finite for x > 0.
+    """Returns expm1(x) for x <= 0 and anything finite for x > 0."""
+    if x.dtype != jnp.float32:
+        return jnp.expm1(jnp.minimum(x, 0))
+    # a TPU's own takes less memory in bfloat16
+    return lax.platform_dependent(x, tpu=lambda x: jnp.expm1(jnp.minimum(x, 0)), default=_expm1_float32)
+
+
+def _expm1_float32(x: Array) -> Array:
+    """Returns _expm1(x) for float32.
 
     jnp.expm1 serves both sides, which costs twice the time, and is up to 5 ulp off on the CPU of jax 0.10. This one is
     within .89 ulp: x = n ln 2 + r, expm1(x) = 2^n expm1(r) + (2^n - 1), a polynomial in r fitted on [-ln 2 / 2, ln 2 / 2].
     """
-    if x.dtype != jnp.float32:
-        return jnp.expm1(jnp.minimum(x, 0))
     x = jnp.clip(x, -18.0, 0.0)  # expm1(-18) rounds to -1; NaN passes
     # adding 1.5 * 2^23 rounds to an integer; it is read from the sum's bits, as XLA may fold (x + c) - c to x
     shifted = x * np.float32(1 / math.log(2)) + np.float32(1.5 * 2**23)
