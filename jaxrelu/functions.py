@@ -25,6 +25,29 @@ from jax.typing import ArrayLike
 
 _Jitted = Callable[..., Array]
 
+# begins the name of every jitted core; `jaxrelu.diagnostics` knows them by it
+TAG = "jaxrelu."
+
+
+def _jit(core: Callable[..., Array], name: str, static_argnums: int | tuple[int, ...]) -> _Jitted:
+    """Returns the core jitted under a name of its own, with the unit axis of x marked.
+
+    An eager call of a bare custom_jvp function traces its body every time. The mark is a split into one part, which XLA
+    removes: of the operations that do nothing it is one whose axis stays right under vmap. A parameter may be mapped along
+    another axis than x, so that y comes out with its axes moved: it is marked too.
+    """
+
+    def marked(x: Array, *arguments: Any) -> Array:
+        y = core(_mark(x), *arguments)
+        return _mark(y) if any(isinstance(a, Array) for a in arguments) else y
+
+    marked.__name__ = marked.__qualname__ = TAG + name
+    return jax.jit(marked, static_argnums=static_argnums)
+
+
+def _mark(x: Array) -> Array:
+    return lax.split(x, x.shape[-1:], axis=x.ndim - 1)[0] if x.ndim else x
+
 
 def relu(x: ArrayLike, *, kink: float = 0.0) -> Array:
     """Rectified linear unit.
@@ -80,8 +103,7 @@ def _relu_jvp(kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
     return y, jnp.where(on, g, _only_at_kink(x == 0, kink, g))
 
 
-# jitted, as an eager call of a bare custom_jvp function traces its body every time
-_relu_jit: _Jitted = jax.jit(_relu, static_argnums=1)
+_relu_jit = _jit(_relu, "relu", 1)
 
 
 def leaky_relu(x: ArrayLike, negative_slope: ArrayLike = 0.01, *, kink: float = 0.0) -> Array:
@@ -131,7 +153,7 @@ def _leaky_relu_jvp(slope: float, kink: float, primals: Any, tangents: Any) -> t
     return y, jnp.where(on, g, _cast(_at_kink(x, kink, slope) * _widen(g), g))
 
 
-_leaky_relu_jit: _Jitted = jax.jit(_leaky_relu, static_argnums=(1, 2))
+_leaky_relu_jit = _jit(_leaky_relu, "leaky_relu", (1, 2))
 
 
 def prelu(x: ArrayLike, negative_slope: ArrayLike, *, axis: int | None = None, kink: float = 0.0) -> Array:
@@ -196,7 +218,7 @@ def _prelu_along(x: Array, slope: Array, axis: int | None, kink: float) -> Array
     return _prelu(x, _align(slope, x, axis), kink)
 
 
-_prelu_jit: _Jitted = jax.jit(_prelu_along, static_argnums=(2, 3))
+_prelu_jit = _jit(_prelu_along, "prelu", (2, 3))
 
 
 def elu(x: ArrayLike, alpha: ArrayLike = 1.0, *, kink: float = 0.0, save: Literal["input", "output"] = "input") -> Array:
@@ -255,12 +277,12 @@ def _elu_jvp(kink: float, save: str, primals: Any, tangents: Any) -> tuple[Array
     y, wide = _elu(x, alpha, kink, save), _widen(x)
     t = jnp.zeros_like(x)
     if type(g) is not SymbolicZero:
-        # the inactive side is clipped by a select, whose derivative at 0 is 0: so is elu's second derivative there
+        # y is clipped by a select, whose derivative at 0 is 0: so is elu's second derivative there
         if save == "output":
             slope = jnp.where(_kept(x, y) > 0, jnp.ones_like(y), jnp.where(y >= 0, jnp.zeros_like(y), y) + alpha)
         else:
             # exp, as expm1 + 1 loses the derivative's digits from x = -4 on in bfloat16
-            slope = _cast(alpha, wide) * jnp.exp(jnp.where(wide >= 0, jnp.zeros_like(wide), wide))
+            slope = _cast(alpha, wide) * _exp(wide)
             slope = jnp.where(wide > 0, jnp.ones_like(slope), _at_kink(x, kink, slope))
         # rounded before the product, so that a scan over layers keeps the slope in 16 bits
         t = _cast(slope, x) * g
@@ -275,8 +297,8 @@ def _elu_array(x: Array, alpha: Array, kink: float) -> Array:
     return _elu(x, _align(alpha, x, None), kink, "input")
 
 
-_elu_jit: _Jitted = jax.jit(_elu, static_argnums=(1, 2, 3))
-_elu_array_jit: _Jitted = jax.jit(_elu_array, static_argnums=2)
+_elu_jit = _jit(_elu, "elu", (1, 2, 3))
+_elu_array_jit = _jit(_elu_array, "elu", 2)
 
 
 def relu6(x: ArrayLike, *, kink: float = 0.0) -> Array:
@@ -320,7 +342,7 @@ def _relu6_jvp(kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
     return y, jnp.where((y > 0) & (y < 6), g, _only_at_kink((x == 0) | (x == 6), kink, g))
 
 
-_relu6_jit: _Jitted = jax.jit(_relu6, static_argnums=1)
+_relu6_jit = _jit(_relu6, "relu6", 1)
 
 
 def _kept(x: Array, y: Array) -> Array:
@@ -342,30 +364,49 @@ def _only_at_kink(at_kink: Array, kink: float, g: Array) -> Array:
 
 
 def _expm1(x: Array) -> Array:
-    """Returns expm1(x) for x <= 0 and anything finite for x > 0."""
-    if x.dtype != jnp.float32:
-        return jnp.expm1(jnp.minimum(x, 0))
-    # a TPU's own takes less memory in bfloat16
-    return lax.platform_dependent(x, tpu=lambda x: jnp.expm1(jnp.minimum(x, 0)), default=_expm1_float32)
+    """Returns expm1(min(x, 0))."""
+    return _below_zero(jnp.expm1, lambda power, rest: power * rest + (power - 1), x)
 
 
-def _expm1_float32(x: Array) -> Array:
-    """Returns _expm1(x) for float32.
+@jax.custom_jvp
+def _exp(x: Array) -> Array:
+    """Returns exp(min(x, 0)), with derivative 0 at 0."""
+    return _below_zero(jnp.exp, lambda power, rest: power * rest + power, x)
 
-    jnp.expm1 serves both sides, which costs twice the time, and is up to 5 ulp off on the CPU of jax 0.10. This one is
-    within .89 ulp: x = n ln 2 + r, expm1(x) = 2^n expm1(r) + (2^n - 1), a polynomial in r fitted on [-ln 2 / 2, ln 2 / 2].
+
+@_exp.defjvp
+def _exp_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x,), (g,) = primals, tangents
+    y = _exp(x)
+    return y, jnp.where(x < 0, y, jnp.zeros_like(y)) * g
+
+
+def _below_zero(function: Callable[[Array], Array], combine: Callable[[Array, Array], Array], x: Array) -> Array:
+    """Returns function(min(x, 0)) for exp or expm1, which is combine(2^n, expm1(r)) for x = n ln 2 + r.
+
+    jnp.expm1 serves both sides, which costs twice the time, and is up to 5 ulp off on the CPU of jax 0.10. Here expm1(r) is
+    a polynomial fitted on [-ln 2 / 2, ln 2 / 2], and both results are within .9 ulp.
     """
-    x = jnp.clip(x, -18.0, 0.0)  # expm1(-18) rounds to -1; NaN passes
-    # adding 1.5 * 2^23 rounds to an integer; it is read from the sum's bits, as XLA may fold (x + c) - c to x
-    shifted = x * np.float32(1 / math.log(2)) + np.float32(1.5 * 2**23)
-    n = lax.bitcast_convert_type(shifted, jnp.int32) - np.float32(1.5 * 2**23).view(np.int32)
-    # ln 2 = 355 / 512 - 2.12e-4, the first part short enough for an exact product with n
-    r = (x - n.astype(jnp.float32) * np.float32(355 / 512)) - n.astype(jnp.float32) * np.float32(math.log(2) - 355 / 512)
-    power = lax.bitcast_convert_type((n + 127) << 23, jnp.float32)
-    q = jnp.full_like(r, 0.00019904672808479518)
-    for c in (0.001394022023305297, 0.008333289064466953, 0.041666366159915924, 0.1666666716337204, 0.5):
-        q = q * r + np.float32(c)
-    return power * (r + r * r * q) + (power - 1)
+
+    def plain(x: Array) -> Array:
+        return function(jnp.minimum(x, 0))
+
+    def own(x: Array) -> Array:
+        x = jnp.clip(x, -88.0, 0.0)  # there n = -127 and 2^n, written as bits, is 0; NaN passes
+        # adding 1.5 * 2^23 rounds to an integer; it is read from the sum's bits, as XLA may fold (x + c) - c to x
+        shifted = x * np.float32(1 / math.log(2)) + np.float32(1.5 * 2**23)
+        n = lax.bitcast_convert_type(shifted, jnp.int32) - np.float32(1.5 * 2**23).view(np.int32)
+        # ln 2 = 355 / 512 - 2.12e-4, the first part short enough for an exact product with n
+        r = (x - n.astype(jnp.float32) * np.float32(355 / 512)) - n.astype(jnp.float32) * np.float32(math.log(2) - 355 / 512)
+        q = jnp.full_like(r, 0.00019904672808479518)
+        for c in (0.001394022023305297, 0.008333289064466953, 0.041666366159915924, 0.1666666716337204, 0.5):
+            q = q * r + np.float32(c)
+        return combine(lax.bitcast_convert_type((n + 127) << 23, jnp.float32), r + r * r * q)
+
+    if x.dtype != jnp.float32:
+        return plain(x)
+    # the polynomial takes more memory on a TPU
+    return lax.platform_dependent(x, tpu=plain, default=own)
 
 
 def _widen(x: Array) -> Array:
@@ -402,7 +443,13 @@ def _kink(function: str, kink: object) -> float:
 
 
 def _is_number(x: object) -> TypeGuard[float]:
-    return isinstance(x, numbers.Real) and not isinstance(x, bool)
+    # float and int first: an abstract class takes a microsecond, a quarter of an eager call's own checks
+    return isinstance(x, (float, int, numbers.Real)) and not isinstance(x, bool)
+
+
+@functools.cache
+def _is_a(dtype: Any, kind: Any) -> bool:
+    return jnp.issubdtype(dtype, kind)
 
 
 def _real(function: str, argument: str, x: Any) -> Any:
@@ -410,7 +457,7 @@ def _real(function: str, argument: str, x: Any) -> Any:
     if not isinstance(x, jax.Array) and hasattr(x, "__jax_array__"):  # a Flax variable, say
         x = x.__jax_array__()
     if isinstance(x, (jax.Array, np.ndarray, np.generic)):
-        if jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer):
+        if _is_a(x.dtype, jnp.floating) or _is_a(x.dtype, jnp.integer):
             return x
     elif isinstance(x, (int, float)) and not isinstance(x, bool):
         return x
@@ -425,7 +472,7 @@ def _floating(function: str, argument: str, x: Any) -> Any:
     x = _real(function, argument, x)
     if isinstance(x, int):
         return float(x)
-    if isinstance(x, float) or jnp.issubdtype(x.dtype, jnp.floating):
+    if isinstance(x, float) or _is_a(x.dtype, jnp.floating):
         return x
     if getattr(x, "weak_type", False):  # a Python int that an outer jit traces
         return x * 1.0
