@@ -1,0 +1,23 @@
+"""What jaxrelu gains: memory, time and start-up beside jax.nn, Flax, PyTorch and a plain copy.
+
+    python -m jaxrelu.benchmark --quick
+    python -m jaxrelu.benchmark --json cpu.jsonl --plot memory.png
+    python -m jaxrelu.benchmark --platform h200 --compile-only --json h200.jsonl
+    python -m jaxrelu.benchmark --from cpu.jsonl h200.jsonl --plot memory.png
+
+A line of JSON is one measurement, of one of these (`what`):
+
+    memory      temporary bytes of a compiled gradient or training step, of the network `network`
+    saved       bytes that PyTorch saves for the backward pass of the mlp
+    forward     an elementwise call; the peer copy is NumPy's on the CPU, the device's elsewhere
+    gradient    the same for a given gradient of the output, forward included
+    inplace     `jaxrelu.inplace`
+    eager       a call outside jit
+    step        an Adam step of a 6-layer mlp
+    resident    growth of the peak resident set by one step of a 12-layer mlp, in a process of its own
+    import      `import jaxrelu` and `import jax`, each in a process of its own
+
+with `median_s` and `spread` (interquartile range) in seconds, or `temp_bytes`. The activation is null for what has none:
+the floor of the memory (peer identity) and the import. elu_output is `elu(save="output")`. The peer that ends in
++checkpoint has every layer under `jax.checkpoint(dots_saveable)`.
+"""

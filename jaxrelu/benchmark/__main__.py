@@ -1,0 +1,13 @@
+"""Runs the command line, once what it imports is known to be there."""
+
+import importlib.util
+import sys
+
+needed = ("flax", "optax", "rich", "tqdm")
+if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+    print(f"jaxrelu.benchmark: error: {', '.join(missing)} not found; install jaxrelu[benchmark]", file=sys.stderr)
+    sys.exit(2)
+
+from jaxrelu.benchmark.cli import main  # noqa: E402, as it imports the above
+
+sys.exit(main())

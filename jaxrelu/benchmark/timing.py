@@ -1,0 +1,280 @@
+"""Timings, all peers of a measurement interleaved, and what else is measured by running rather than by compiling."""
+
+import functools
+import importlib.util
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxrelu.benchmark.networks import PEERS, SLOPE, adam_step, build, identity
+
+Call = Callable[[], Any]
+
+
+class Timing(NamedTuple):
+    """Median and interquartile range, in seconds."""
+
+    median: float
+    spread: float
+
+
+def interleave(calls: Mapping[Any, Call], seconds: float, *, fewest: int = 7, most: int = 101) -> dict[Any, Timing]:
+    """Times functions in turn, so that a change of the machine's speed meets all of them.
+
+    Args:
+        calls: functions that return once their result is there.
+        seconds: what all rounds may take together, within the bounds on their number.
+        fewest: least number of rounds.
+        most: largest number of rounds.
+    """
+    repeats: dict[Any, int] = {}
+    total = 0.0
+    for name, call in calls.items():
+        call()  # compiles
+        once = min(_time(call, 1) for _ in range(3))
+        repeats[name] = max(1, math.ceil(1e-3 / once))  # far above the clock's resolution
+        total += once * repeats[name]
+    samples: dict[Any, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    for _ in range(min(most, max(fewest, int(seconds / total)))):
+        for name in order:
+            samples[name].append(_time(calls[name], repeats[name]))
+        order.reverse()  # so that nobody always follows the same neighbour
+    return {name: _timing(times) for name, times in samples.items()}
+
+
+def _time(call: Call, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _timing(samples: list[float]) -> Timing:
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Timing(median, high - low)
+
+
+def _blocking(function: Callable[..., Any], *arguments: Any) -> Call:
+    def call() -> Any:
+        return jax.block_until_ready(function(*arguments))
+
+    return call
+
+
+def elementwise(activation: str, dtype: str, size: int, seconds: float) -> dict[tuple[str, str], Timing]:
+    """Times forward, gradient and in place of one activation and its peers, by (what, peer).
+
+    The gradient is that of x, and of the slope if it is learned, for a given gradient of the output. The copy is NumPy's
+    on the CPU, else the device's.
+    """
+    row = PEERS[activation]
+    x = jax.random.normal(jax.random.key(0), (size,), dtype)
+    g = jax.random.normal(jax.random.key(1), (size,), dtype)
+    slope = jnp.full((), SLOPE, jnp.float32)
+    calls: dict[tuple[str, str], Call] = {}
+    for peer, function in (("jaxrelu", row.ours), (row.peer, row.reference)):
+        calls["forward", peer] = _blocking(jax.jit(function), x, slope)
+        calls["gradient", peer] = _blocking(jax.jit(functools.partial(_gradient, function, row.learned)), x, slope, g)
+    calls["inplace", "jaxrelu"] = _donating(row.inplace, x)
+    on_cpu = jax.default_backend() == "cpu"
+    calls["forward", "copy"] = functools.partial(np.copy, np.asarray(x)) if on_cpu else _blocking(jax.jit(jnp.copy), x)
+    calls |= {(what, "torch"): call for what, call in _torch_calls(row.torch, x, g).items()}
+    return interleave(calls, seconds)
+
+
+def _gradient(function: Callable[..., Array], learned: bool, x: Array, slope: Array, g: Array) -> Any:
+    _, pull = jax.vjp(function, x, slope)
+    gradients = pull(g)
+    return gradients if learned else gradients[0]
+
+
+def _donating(function: Callable[[Array], Array], x: Array) -> Call:
+    held = [x.copy()]
+
+    def call() -> None:
+        held[0] = jax.block_until_ready(function(held[0]))
+
+    return call
+
+
+def torch_here() -> bool:
+    """Returns whether PyTorch is installed and sees the device that JAX runs on."""
+    if importlib.util.find_spec("torch") is None:
+        return False
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads of its pool would spin in the other peers' time
+    import torch
+
+    return jax.default_backend() == "cpu" or (jax.default_backend() == "gpu" and torch.cuda.is_available())
+
+
+def _torch_calls(name: str, x: Array, g: Array) -> dict[str, Call]:
+    if not torch_here():
+        return {}
+    import torch
+
+    gpu = jax.default_backend() == "gpu"
+    dtype: Any = getattr(torch, str(x.dtype))
+    primal, gradient = (torch.tensor(np.asarray(a, np.float32), device="cuda" if gpu else "cpu").to(dtype) for a in (x, g))
+    slope = torch.full((1,), SLOPE, dtype=dtype, device=primal.device, requires_grad=True)
+    tracked = primal.clone().requires_grad_()
+    function: Any = getattr(torch.nn.functional, name)
+    weights = (slope,) if name == "prelu" else ()
+
+    def finish(result: Any) -> Any:
+        if gpu:
+            torch.cuda.synchronize()
+        return result
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return finish(function(primal, *weights))
+
+    def backward() -> Any:
+        return finish(torch.autograd.grad(function(tracked, *weights), (tracked, *weights), gradient))
+
+    return {"forward": forward, "gradient": backward}
+
+
+def torch_saved_bytes(activation: str | None, dtype: str, batch: int, width: int, layers: int = 8) -> int:
+    """Returns the bytes of what PyTorch saves for the backward pass of the mlp, each storage once, parameters left out."""
+    import torch
+
+    number: Any = getattr(torch, dtype)
+    parameters: list[Any] = []
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.randn(batch, width).to(number)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for _ in range(layers):
+            w = torch.randn(width, width).mul(width**-0.5).to(number).requires_grad_()
+            b, slope = torch.zeros(width, dtype=number, requires_grad=True), torch.full((1,), SLOPE, dtype=number)
+            parameters += [w, b, slope.requires_grad_()]
+            x = x @ w + b
+            if activation is not None:
+                function: Any = getattr(torch.nn.functional, PEERS[activation].torch)
+                x = function(x, slope) if activation == "prelu" else function(x)
+        loss = x.float().square().mean()
+    for parameter in parameters:
+        saved.pop(parameter.untyped_storage().data_ptr(), None)
+    del loss
+    return sum(saved.values())
+
+
+def eager(activation: str, dtype: str, size: int, seconds: float) -> dict[str, Timing]:
+    """Times a call outside jit, by peer."""
+    row = PEERS[activation]
+    x, slope = jnp.linspace(-1.0, 1.0, size, dtype=dtype), jnp.full((), SLOPE, jnp.float32)
+    return interleave(
+        {"jaxrelu": _blocking(row.ours, x, slope), row.peer: _blocking(row.reference, x, slope)}, seconds, most=301
+    )
+
+
+def training_step(activation: str, dtype: str, batch: int, width: int, seconds: float) -> dict[str, Timing]:
+    """Times an Adam step of a 6-layer mlp, by peer."""
+    row = PEERS[activation]
+    peers = {
+        "jaxrelu": (row.ours, False),
+        row.peer: (row.reference, False),
+        f"{row.peer}+checkpoint": (row.reference, True),
+        "identity": (identity, False),
+    }
+    calls: dict[str, Call] = {}
+    for peer, (function, expert) in peers.items():
+        network = build("mlp", function, batch, width, dtype, layers=6, expert=expert)
+        assert network.loss is not None
+        parameters, x = _values(network.arguments)
+        calls[peer] = _repeating(adam_step(network.loss), parameters, x)
+    return interleave(calls, seconds)
+
+
+def _values(shapes: Any) -> Any:
+    """Returns normal numbers of the given shapes, scaled for a product with a matrix."""
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    values = [
+        jax.random.normal(key, s.shape, s.dtype) * s.dtype.type(s.shape[0] ** -0.5 if s.shape else SLOPE)
+        for key, s in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, values)
+
+
+def _repeating(step: Callable[..., Any], parameters: Any, x: Array) -> Call:
+    """Returns a call that trains on from where the last one ended, its state donated as a training loop does."""
+    import optax
+
+    held = [parameters, optax.adam(1e-3).init(parameters)]
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+
+    def call() -> None:
+        held[:] = jax.block_until_ready(jitted(*held, x))
+
+    return call
+
+
+def import_times(rounds: int) -> dict[str, Timing]:
+    """Times `import jaxrelu` against `import jax`, each in a fresh process; this one has read their files already."""
+    samples: dict[str, list[float]] = {"jaxrelu": [], "jax": []}
+    for _ in range(rounds):
+        for module, times in samples.items():
+            code = f"import time; start = time.perf_counter(); import {module}; print(time.perf_counter() - start)"
+            times.append(float(_child(code)))
+    return {module: _timing(times) for module, times in samples.items()}
+
+
+def resident_bytes(activation: str, peer: str, dtype: str, batch: int, width: int, layers: int) -> int:
+    """Returns by how much one training step raises the peak resident set of a fresh process on the CPU (Linux)."""
+    arguments = (activation, peer, dtype, batch, width, layers)
+    return int(_child(f"from jaxrelu.benchmark import timing; print(timing.grow(*{arguments!r}))", JAX_PLATFORMS="cpu"))
+
+
+def grow(activation: str, peer: str, dtype: str, batch: int, width: int, layers: int) -> int:
+    """Runs a training step and returns by how many bytes the peak resident set of this process grew."""
+    row = PEERS[activation]
+    function = identity if peer == "identity" else row.ours if peer == "jaxrelu" else row.reference
+    network = build("mlp", function, batch, width, dtype, layers=layers)
+    parameters, x = _values(network.arguments)
+
+    def descend(parameters: Any, x: Array) -> Any:
+        def move(p: Array, g: Array) -> Array:
+            return p - (0.01 * g).astype(p.dtype)
+
+        return jax.tree.map(move, parameters, network.function(parameters, x))
+
+    compiled = jax.jit(descend, donate_argnums=0).lower(parameters, x).compile()
+    jax.block_until_ready((parameters, x))
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the current size, forgetting the compilation's
+    before = _memory("VmRSS")
+    jax.block_until_ready(compiled(parameters, x))
+    return _memory("VmHWM") - before
+
+
+def _memory(field: str) -> int:
+    """Returns a size of this process that Linux reports in KiB; getrusage would count the parent's peak too."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
+
+
+def _child(code: str, **environment: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    if run.returncode:
+        raise RuntimeError(f"a child process failed: {run.stderr.strip().splitlines()[-1]}")
+    return run.stdout

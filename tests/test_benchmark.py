@@ -1,0 +1,158 @@
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from jaxrelu.benchmark import cli, timing
+
+TINY = ["--quick", "--sizes=48,96", "--batch=128", "--width=256", "--layers=2", "--activations=relu,prelu"]
+FIELDS = {"activation", "peer", "what", "network", "dtype", "size", "spread", "device", "versions", "date"}
+PEERS = {"jaxrelu", "jax.nn", "flax", "torch", "copy", "identity", "jax.nn+checkpoint", "flax+checkpoint", "jax"}
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """Runs no child process, and promotes as Optax and Flax want it."""
+    monkeypatch.setattr(timing, "_child", lambda code, **environment: "3")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Returns the file of one tiny run."""
+    path = tmp_path_factory.mktemp("benchmark") / "lines.jsonl"
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        patch.setattr(timing, "_child", lambda code, **environment: "3")
+        assert cli.main([*TINY, f"--json={path}"]) == 0
+    return path
+
+
+def test_every_line_is_one_whole_measurement(measured):
+    for record in lines(measured):
+        assert record.keys() - {"fusions"} in (FIELDS | {"median_s"}, FIELDS | {"temp_bytes"})
+        assert record["peer"] in PEERS
+        assert record.get("median_s", 1) > 0
+        assert record.get("temp_bytes", 1) > 0
+        assert (record["spread"] is None) == ("temp_bytes" in record)
+        assert record["versions"]["jax"] == jax.__version__
+
+
+def test_each_kind_is_measured(measured):
+    records = lines(measured)
+    kinds = {"memory", "forward", "gradient", "inplace", "eager", "step", "resident", "import"}
+    assert {record["what"] for record in records} - {"saved"} == kinds
+    forward = {(r["activation"], r["peer"], r["size"]) for r in records if r["what"] == "forward"} - {
+        (activation, "torch", size) for activation in ("relu", "prelu") for size in (48, 96)
+    }
+    small = {("relu", "jaxrelu", 48), ("relu", "jax.nn", 48), ("relu", "copy", 48)}
+    large = {("relu", "jax.nn", 96), ("prelu", "flax", 96)} | {
+        (activation, peer, 96) for activation in ("relu", "prelu") for peer in ("jaxrelu", "copy")
+    }
+    assert forward == small | large
+
+
+def test_tables_are_whole_when_piped(measured, capsys):
+    assert cli.main([f"--from={measured}"]) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert max(map(len, out.splitlines()[:-1])) <= 150
+    for record in lines(measured):
+        if record["what"] in ("forward", "gradient", "inplace"):
+            assert any(
+                line.split()[:4] == [record["what"], record["activation"], record["dtype"], str(record["size"])]
+                for line in out.splitlines()
+            )
+
+
+def test_memory_of_several_devices_is_drawn(measured, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(record | {"device": "another"}) + "\n" for record in lines(measured)))
+    picture = tmp_path / "memory.png"
+    assert cli.main(["--from", str(measured), str(other), f"--plot={picture}"]) == 0
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timing, "eager", interrupt)
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"kept": true}\n')
+    assert cli.main([*TINY, "--sizes=48", "--activations=relu", f"--json={path}"]) == 130
+    kept = lines(path)
+    assert kept[0] == {"kept": True}
+    assert {record["what"] for record in kept[1:]} == {"memory", "forward", "gradient", "inplace"}
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[-1] == f"jaxrelu.benchmark: interrupted; {len(kept) - 1} measurements are in {path}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--dtype", "float33"], "float33"),
+        (["--activations", "relu,gelu"], "gelu"),
+        (["--networks", "rnn"], "rnn"),
+        (["--sizes", "0"], "2^31"),
+        (["--sizes", "1e6"], "1e6"),
+        (["--batch", "100"], "multiple of 128"),
+        (["--width", "100"], "multiple of 64"),
+        (["--json", "missing/lines.jsonl"], "No such file"),
+        (["--json", "."], "directory"),
+        (["--plot", "memory.pdf"], ".png"),
+        (["--plot", "missing/memory.png"], "No such file"),
+        (["--from", "missing.jsonl"], "No such file"),
+        (["--platform", "tpu-v4"], "tpu-v4"),
+        (["--platform", "tpu-v5e"], "--compile-only"),
+        (["--platform", "gpu"], "no GPU"),
+        (["--quik"], "--quik"),
+    ],
+)
+def test_wrong_options_are_one_line(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        cli.main(arguments)
+    assert error.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("jaxrelu.benchmark: error: ")
+    assert words in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_that_is_no_measurement_is_refused(tmp_path, capsys):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"what": "memory"}\n')
+    with pytest.raises(SystemExit):
+        cli.main([f"--from={path}"])
+    assert "line 1 is no measurement" in capsys.readouterr().err
+
+
+def test_a_missing_part_is_one_line():
+    code = (
+        "import importlib.util, runpy; find = importlib.util.find_spec; "
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'rich' else find(name, *rest); "
+        "runpy.run_module('jaxrelu.benchmark', run_name='__main__')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr == "jaxrelu.benchmark: error: rich not found; install jaxrelu[benchmark]\n"
+
+
+def test_peers_take_turns():
+    calls = []
+    times = timing.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 0.0, fewest=4)
+    order = [name for name, before in zip(calls, ["", *calls], strict=False) if name != before]
+    # after the warm-up; a turn is many calls, and each round reverses the order
+    assert order[2:] == ["a", "b", "a", "b", "a"]
+    assert times["a"].median > 0
+    assert times["a"].spread >= 0
