@@ -1,0 +1,336 @@
+import functools
+import warnings
+from collections import OrderedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxrelu
+import jaxrelu.linen
+import jaxrelu.nnx
+from jaxrelu.diagnostics import observe, unit_stats
+
+from cases import Case, each_case
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(7, 3)), jnp.float32)
+W = jnp.asarray(RNG.normal(size=(3, 3)), jnp.float32)
+STACK = jnp.asarray(RNG.normal(size=(2, 3, 3)), jnp.float32)
+
+
+@pytest.fixture(autouse=True)
+def flax_promotes(strict_promotion):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def assert_same(a, b):
+    """Asserts that two pytrees are equal to the bit."""
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_saw(f, *args, names):
+    """Asserts that f is seen, eager and in jit, with the same output and jitted gradient, and returns the statistics."""
+    out, stats = observe(f)(*args)
+    assert_same(out, f(*args))
+    assert isinstance(stats, OrderedDict)
+    assert list(stats) == names
+    out, jitted = jax.jit(observe(f))(*args)
+    assert_same(out, jax.jit(f)(*args))
+    assert isinstance(jitted, OrderedDict)
+    assert list(jitted) == names
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), jitted, stats)
+
+    def loss(*args):
+        return sum((y * y).sum() for y in jax.tree.leaves(f(*args)))
+
+    (_, _), gradient = jax.jit(jax.value_and_grad(observe(loss), has_aux=True))(*args)
+    assert_same(gradient, jax.jit(jax.grad(loss))(*args))
+    return stats
+
+
+def assert_seen(stats, z):
+    """Asserts that the statistics are those of relu at the rows of z."""
+    expected = unit_stats(jnp.asarray(z))
+    assert stats.count == len(z)
+    for name in ("fired", "min", "max", "dead"):
+        np.testing.assert_array_equal(getattr(stats, name), getattr(expected, name))
+    for name in ("mean", "variance", "dormancy", "zero_gradient"):
+        np.testing.assert_allclose(getattr(stats, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
+
+
+@each_case
+def test_every_activation_is_seen(case: Case):
+    z = np.asarray(X * 4)
+    stats = assert_saw(lambda x: case.function(x * 4), X, names=[case.name])[case.name]
+    slope, output = case.slope(z.astype(np.float64)), np.abs(case.value(z.astype(np.float64))).mean(0)
+    np.testing.assert_allclose(stats.zero_gradient, (slope == 0).mean(0), rtol=1e-6)
+    np.testing.assert_allclose(stats.dormancy, output / output.mean(), rtol=1e-5)
+    np.testing.assert_array_equal(stats.fired, (z > 0).sum(0))
+
+
+def test_names_carry_scopes_and_are_unique():
+    def f(x):
+        x = jaxrelu.relu(x @ W)
+        with jax.named_scope("hidden1"):
+            x = jaxrelu.relu(x @ W)
+            x = jax.vmap(jaxrelu.relu)(x)
+        return jaxrelu.elu(jaxrelu.relu(x))
+
+    assert_saw(f, X, names=["relu", "hidden1/relu", "hidden1/relu_1", "relu_1", "elu"])
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return jaxrelu.relu(nn.Dense(3)(x)), None
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = jaxrelu.relu(nn.Dense(3)(x))
+        x = jaxrelu.linen.ELU(name="hidden1")(x)
+        x, _ = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)(name="blocks")(x, None)
+        return nn.remat(Block)(name="last")(x, None)[0]
+
+
+def test_linen():
+    model = Model()
+    variables = model.init(jax.random.key(0), X)
+    names = ["Model/relu", "Model/hidden1/elu", "Model/blocks/relu", "Model/last/relu"]
+    stats = assert_saw(model.apply, variables, X, names=names)
+    assert stats["Model/blocks/relu"].fired.shape == (2, 3)
+    assert stats["Model/blocks/relu"].count.tolist() == [7, 7]
+    one = assert_saw(lambda v, x: jax.vmap(lambda x: model.apply(v, x))(x), variables, X, names=names)
+    for name in names:
+        np.testing.assert_array_equal(one[name].count, stats[name].count)
+
+
+def nnx_model():
+    rngs = nnx.Rngs(0)
+    return nnx.Sequential(
+        nnx.Linear(3, 5, rngs=rngs), jaxrelu.nnx.ReLU(), nnx.BatchNorm(5, rngs=rngs), jaxrelu.relu, jaxrelu.nnx.PReLU()
+    )
+
+
+def test_nnx():
+    model = nnx_model()
+    model.eval()
+    names = ["relu", "relu_1", "prelu"]
+    graph, state = nnx.split(model)
+    assert_saw(lambda state, x: nnx.merge(graph, state)(x), state, X, names=names)
+    out, stats = observe(model)(X)
+    assert_same(out, model(X))
+    assert list(stats) == names
+    assert list(observe(nnx.jit(lambda model, x: model(x)))(model, X)[1]) == names
+    # read at each call
+    watch, method = observe(model), observe(model.__call__)
+    model.layers[0].bias[...] += 100.0
+    for watched in (watch, method):
+        assert watched(X)[1]["relu"].firing_rate.tolist() == [1.0] * 5
+
+
+def test_a_model_that_changes_its_state_is_refused_and_goes_through_split():
+    model = nnx_model()
+    with pytest.raises(ValueError, match=r"observe: .* replaced an array in one of its arguments.*nnx.split"):
+        observe(model)(X)
+
+    @observe
+    def step(graph, state, x):
+        model = nnx.merge(graph, state)
+        return model(x), nnx.state(model)
+
+    (_, state), stats = step(*nnx.split(model), X)
+    assert list(stats) == ["relu", "relu_1", "prelu"]
+    nnx.update(model, state)
+    assert model.layers[2].mean[...].any()
+
+
+def test_scan_is_stacked():
+    def f(x, ws):
+        def outer(x, w):
+            return lax.scan(lambda x, _: (jaxrelu.relu(x @ w), x.sum()), x, None, length=5)
+
+        return lax.scan(outer, x, ws, reverse=True)
+
+    stats = assert_saw(f, X, STACK, names=["relu"])["relu"]
+    assert stats.dead.shape == (2, 5, 3)
+    z = X
+    for i in range(5):
+        z = np.maximum(z, 0) @ STACK[1] if i else X @ STACK[1]
+        np.testing.assert_allclose(stats.max[1, i], np.asarray(z).max(0), rtol=1e-5)
+
+
+def test_remat_cond_and_jit():
+    def f(x):
+        x = jax.checkpoint(lambda x: jaxrelu.relu(x @ W), policy=jax.checkpoint_policies.everything_saveable)(x)
+        x = jax.jit(lambda x: jaxrelu.relu6(x @ W))(x)
+        return lax.cond(x.sum() > 1e9, jaxrelu.elu, lambda x: jaxrelu.leaky_relu(x @ W), x)
+
+    stats = assert_saw(f, X, names=["relu", "relu6", "leaky_relu", "elu"])
+    assert_seen(stats["relu"], X @ W)
+    # the branch not taken
+    assert stats["leaky_relu"].count == 7
+    assert stats["elu"].count == 0
+    assert np.isnan(stats["elu"].firing_rate).all()
+    assert not stats["elu"].dead.any()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_mapped_axes_are_examples(axis):
+    z = jnp.asarray(RNG.normal(size=(7, 5, 3)), jnp.float32)  # examples, positions, units
+    f = jax.vmap(lambda z: jaxrelu.relu(z), in_axes=axis, out_axes=axis)
+    (stats,) = observe(f)(jnp.moveaxis(z, 0, axis))[1].values()
+    assert_seen(stats, z.reshape(35, 3))
+    twice = jax.vmap(f, in_axes=3)
+    (stats,) = observe(twice)(jnp.moveaxis(z, 0, axis)[..., None] * jnp.ones(2))[1].values()
+    assert_seen(stats, jnp.concatenate([z.reshape(35, 3)] * 2))
+
+
+def test_slopes_may_be_mapped_along_another_axis():
+    z, slopes = jnp.asarray(RNG.normal(size=(5, 4, 3)), jnp.float32), jnp.float32([0.1, 0.2, 0.3, 0.4])
+    f = jax.vmap(lambda z, slope: jaxrelu.prelu(z, slope), in_axes=(1, 0))
+    output = np.abs(np.where(z > 0, z, z * slopes[:, None])).mean((0, 1))
+    stats = assert_saw(f, z, slopes, names=["prelu"])["prelu"]
+    np.testing.assert_allclose(stats.dormancy, output / output.mean(), rtol=1e-5)
+    (stats,) = observe(jax.vmap(lambda slope: jaxrelu.prelu(z[:, 0], slope)))(slopes)[1].values()
+    assert stats.count == 20
+    np.testing.assert_array_equal(stats.fired, 4 * np.asarray(z[:, 0] > 0).sum(0))
+
+
+def test_convolution_and_its_vmap():
+    images = jnp.asarray(RNG.normal(size=(5, 6, 7, 2)), jnp.float32)
+    kernel = jnp.asarray(RNG.normal(size=(3, 3, 2, 4)), jnp.float32)
+
+    def network(images, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jaxrelu.relu(lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=numbers))
+
+    stats = assert_saw(network, images, kernel, names=["relu"])["relu"]
+    assert stats.count == 5 * 6 * 7
+    for axis in (0, 3):
+        one = jax.vmap(lambda image: network(image[None], kernel), in_axes=axis)
+        (mapped,) = observe(one)(jnp.moveaxis(images, 0, axis))[1].values()
+        np.testing.assert_array_equal(mapped.fired, stats.fired)
+        assert mapped.count == stats.count
+        np.testing.assert_allclose(mapped.variance, stats.variance, rtol=1e-5)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_devices_are_examples(check):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    z = jnp.asarray(RNG.normal(np.repeat([1, -1, 1, -1], 2)[:, None], size=(8, 3)), jnp.float32)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check)
+    def f(z):
+        return lax.cond(z.sum() > 0, jaxrelu.relu, lambda z: z, jaxrelu.relu(z) - 1)
+
+    stats = assert_saw(f, z, names=["relu", "relu_1"])
+    assert_seen(stats["relu"], z)
+    taken = sum(shard.sum() > 0 for shard in np.asarray(z).reshape(4, 2, 3))
+    assert 0 < taken < 4
+    assert stats["relu_1"].count == 2 * taken
+
+
+def test_devices_that_do_the_same_work_count_once():
+    mesh = jax.make_mesh((2, 3), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:6])
+    f = jax.shard_map(jaxrelu.relu, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    assert observe(f)(jnp.ones((4, 3)))[1]["relu"].count == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "f"),
+    [
+        ("while", lambda x: lax.while_loop(lambda x: x.sum() > 1, lambda x: jaxrelu.relu(x) / 2, x)),
+        ("custom_vjp_call", lambda x: custom(x)),
+        ("differentiated", jax.grad(lambda x: jaxrelu.elu(x).sum())),
+    ],
+)
+def test_what_cannot_be_entered_warns(name, f):
+    for watched in (observe(f), jax.jit(observe(f))):
+        with pytest.warns(UserWarning, match=rf"observe: (relu|elu) inside .*{name}"):
+            out, stats = watched(X)
+        assert not stats
+        np.testing.assert_allclose(out, f(X), rtol=1e-6)
+
+
+@jax.custom_vjp
+def custom(x):
+    return jaxrelu.relu(x)
+
+
+custom.defvjp(lambda x: (custom(x), None), lambda _, g: (g,))
+
+
+def test_only_arrays_are_traced():
+    calls = []
+
+    def f(x, mode, flag, number, nothing, *, scale=1.0, options=None):
+        calls.append(1)
+        assert (mode, flag, number, nothing, scale, options) == ("train", True, 3, None, 2.0, {"depth": [1, None]})
+        return {"y": jaxrelu.relu(x) * scale, "mode": mode, "none": None, "f": len, "pair": (number, 2.5)}
+
+    watched = observe(f)
+    for x in (X, X + 1, np.asarray(X)):
+        out, stats = watched(x, "train", True, 3, None, scale=2.0, options={"depth": [1, None]})
+        assert_same(out.pop("y"), 2 * np.maximum(x, 0))
+        assert out == {"mode": "train", "none": None, "f": len, "pair": (3, 2.5)}
+        assert list(stats) == ["relu"]
+    assert len(calls) == 1
+    with pytest.raises(AssertionError):
+        watched(X, "train", 1.0, 3, None, scale=2.0, options={"depth": [2, None]})
+
+
+def test_one_trace_for_repeated_calls():
+    calls = []
+
+    def f(x):
+        calls.append(1)
+        return jaxrelu.relu(x)
+
+    for watched in (observe(f), jax.jit(observe(f))):
+        calls.clear()
+        for x in (X, X + 1, X + 2):
+            watched(x)
+        assert len(calls) <= 1  # the second may find the first one's trace
+
+
+def test_nested():
+    def f(x):
+        y, stats = observe(lambda x: jaxrelu.relu(x @ W))(x)
+        return y, stats["relu"].firing_rate
+
+    (_, rate), stats = observe(f)(X)
+    assert list(stats) == ["relu"]
+    np.testing.assert_array_equal(rate, stats["relu"].firing_rate)
+    # and statistics that are taken by hand are no layer
+    assert not observe(lambda x: unit_stats(x).mean)(X)[1]
+
+
+def test_rank_0_and_1_integers_and_no_examples():
+    assert observe(jaxrelu.relu)(jnp.float32(3))[1]["relu"].fired.tolist() == [1]
+    assert observe(jax.vmap(jaxrelu.relu))(X[:, 0])[1]["relu"].count == 7
+    assert observe(jaxrelu.relu)(X[0])[1]["relu"].count == 1
+    assert observe(jaxrelu.relu)(jnp.array([[-1, 2]]))[1]["relu"].fired.tolist() == [0, 1]
+    assert observe(jaxrelu.relu)(X[:0])[1]["relu"].count == 0
+
+
+def test_observed_function_keeps_its_name_and_must_be_one():
+    assert observe(custom).__name__ == "custom"
+    with pytest.raises(TypeError, match="observe: f must be a function"):
+        observe(X)
+
+
+def test_no_warning_where_nothing_is_hidden():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        observe(lambda x: lax.while_loop(lambda x: x.sum() > 1, lambda x: x / 2, jaxrelu.relu(x)))(X)
+    assert not caught
