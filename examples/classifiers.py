@@ -32,7 +32,13 @@ BIAS = nnx.initializers.constant(0.01)
 
 
 class MLP(nnx.Module):
-    """Two hidden layers, for images of shape (n, height, width, 1)."""
+    """Two hidden layers, for images of shape (n, height, width, 1).
+
+    Attributes:
+        EDGES: in order, the layers before an activation, each with the one that reads it.
+    """
+
+    EDGES = (("hidden1", "hidden2"), ("hidden2", "output"))
 
     def __init__(self, size: tuple[int, int], classes: int, activation: Activation, rngs: nnx.Rngs) -> None:
         weights = kaiming_normal(activation.function)
@@ -50,7 +56,13 @@ class MLP(nnx.Module):
 
 
 class CNN(nnx.Module):
-    """Two convolutions, pooling between them, and a hidden layer, for images of shape (n, height, width, 1)."""
+    """Two convolutions, pooling between them, and a hidden layer, for images of shape (n, height, width, 1).
+
+    Attributes:
+        EDGES: in order, the layers before an activation, each with the one that reads it.
+    """
+
+    EDGES = (("convolution1", "convolution2"), ("convolution2", "hidden"), ("hidden", "output"))
 
     def __init__(self, size: tuple[int, int], classes: int, activation: Activation, rngs: nnx.Rngs) -> None:
         weights = kaiming_normal(activation.function)

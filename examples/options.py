@@ -17,6 +17,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
+    def miss(self, message: str) -> NoReturn:
+        """Exits with code 1 and one line on stderr: the run ended, but not with the figure that it is to show."""
+        self.exit(1, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+def demonstration(prog: str, description: str) -> Parser:
+    """Returns the parser that the examples without options of their own share: --quick, --out and --seed."""
+    parser = Parser(prog, description)
+    parser.add_argument("--quick", action="store_true", help="a run of a few seconds, as a trial")
+    out = Path("runs") / Path(prog).stem
+    parser.add_argument("--out", type=path, default=out, help="directory to write")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of every draw")
+    return parser
+
 
 def positive_int(text: str) -> int:
     """Returns a whole number from 1 to a million; beyond it the count of steps would not fit 32 bits."""

@@ -2,15 +2,15 @@
 
     python examples/train_digits.py --activation elu --model cnn
 
-writes runs/digits/metrics.csv (a row an epoch), curves.png and model, an Orbax checkpoint of the parameters of the epoch
-with the best validation accuracy. The test images are looked at once, with those parameters.
+writes runs/digits/metrics.csv (a row an epoch), curves.png, units.png (share of dead units and firing rate of each layer)
+and model, an Orbax checkpoint of the parameters of the epoch with the best validation accuracy. The test images are looked
+at once, with those parameters. Units are observed on the validation images, for --recycle on the training batches.
 """
 
 import argparse
 import csv
+import functools
 import math
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,20 +26,30 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from jaxrelu.diagnostics import UnitStats, merge, observe, to_scalars
+from jaxrelu.initializers import kaiming_normal
+from jaxrelu.recycling import Edge, recycle
+
 import digits
 import options
+import outputs
 import plots
 from classifiers import ACTIVATIONS, MODELS
 from digits import Digits, Part
+from outputs import Outputs
 
 SCHEDULES = ("constant", "cosine", "exponential", "step")
-OUTPUTS = ("metrics.csv", "curves.png", "model")
+OUTPUTS = ("metrics.csv", "curves.png", "units.png", "model")
+UNITS = ("dead", "firing_rate")
 # images scored at a time, so that a large test set fits in memory
 CHUNK = 1000
 
 
 class Epoch(NamedTuple):
-    """A row of metrics.csv: losses and gradient norms are means, the learning rate is that of the first step."""
+    """A row of metrics.csv: losses and gradient norms are means, the learning rate is that of the first step.
+
+    Each layer has two columns more, as "hidden1/dead" and "hidden1/firing_rate": shares over the validation images.
+    """
 
     epoch: int
     loss: float
@@ -47,14 +57,16 @@ class Epoch(NamedTuple):
     validation_accuracy: float
     learning_rate: float
     gradient_norm: float
+    units: dict[str, float]
 
 
 class Run(NamedTuple):
-    """The epochs trained, the best of them with its parameters, and whether Ctrl-C ended it."""
+    """The epochs trained, the best of them with its parameters, the units recycled, and whether Ctrl-C ended it."""
 
     epochs: list[Epoch]
     best: Epoch
     parameters: dict[str, Any]
+    recycled: int
     interrupted: bool
 
 
@@ -70,6 +82,7 @@ def build_parser() -> options.Parser:
     add("--schedule", choices=SCHEDULES, default="cosine", help="course of the learning rate")
     add("--clip-norm", type=options.nonnegative_float, default=0.0, help="largest gradient norm; 0: no limit")
     add("--patience", type=options.natural, default=0, help="epochs without a better validation before a stop; 0: no stop")
+    add("--recycle", type=options.natural, default=0, help="steps from one recycling of dead units to the next; 0: none")
     add("--seed", type=options.seed, default=0, help="seed of the weights, the batches and the shifts")
     add("--split-seed", type=options.seed, default=0, help="seed of the split into training, validation and test images")
     add("--out", type=options.path, default=Path("runs/digits"), help="directory to write")
@@ -88,33 +101,55 @@ def make_schedule(name: str, rate: float, steps: int) -> optax.Schedule:
     return optax.constant_schedule(rate)
 
 
-@nnx.jit
-def train_step(model: nnx.Module, optimizer: nnx.Optimizer, key: Array, images: Array, labels: Array) -> tuple[Array, Array]:
+def make_optimizer(model: nnx.Module, schedule: optax.Schedule, args: argparse.Namespace) -> nnx.Optimizer:
+    """Returns Adam, with the gradient clipped and dead units recycled if the options say so."""
+    clip = [optax.clip_by_global_norm(args.clip_norm)] if args.clip_norm else []
+    transformation = optax.chain(*clip, optax.adam(schedule))
+    if args.recycle:
+        edges = [Edge(producer, producer, [consumer]) for producer, consumer in model.EDGES]
+        init = kaiming_normal(ACTIVATIONS[args.activation].function)
+        transformation = recycle(transformation, edges, every=args.recycle, key=jax.random.key(args.seed), init=init)
+    return nnx.Optimizer(model, transformation, wrt=nnx.Param)
+
+
+def observed(model: nnx.Module, images: Array) -> tuple[Array, dict[str, UnitStats]]:
+    """Returns the logits, and the statistics of each layer that has an activation, by the layer's name."""
+    logits, stats = observe(model)(images)
+    return logits, {producer: found for (producer, _), found in zip(model.EDGES, stats.values(), strict=True)}
+
+
+@functools.partial(nnx.jit, static_argnames="recycling")
+def train_step(
+    model: nnx.Module, optimizer: nnx.Optimizer, key: Array, images: Array, labels: Array, recycling: bool
+) -> tuple[Array, Array]:
     """Updates the model on a batch, shifted at random; returns the loss and the norm of its gradient."""
     images = digits.random_shift(jax.random.fold_in(key, optimizer.step[...]), images)
 
-    def loss(model: nnx.Module) -> Array:
-        return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
+    def loss(model: nnx.Module) -> tuple[Array, dict[str, UnitStats]]:
+        logits, stats = observed(model, images) if recycling else (model(images), {})
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), stats
 
-    value, gradients = nnx.value_and_grad(loss)(model)
-    optimizer.update(model, gradients)
+    (value, stats), gradients = nnx.value_and_grad(loss, has_aux=True)(model)
+    optimizer.update(model, gradients, **({"stats": stats} if recycling else {}))
     return value, optax.tree.norm(gradients)
 
 
 @nnx.jit
-def score(model: nnx.Module, images: Array, labels: Array) -> tuple[Array, Array]:
-    """Returns the sum of the losses and the number of images classified correctly."""
-    logits = model(images)
+def score(model: nnx.Module, images: Array, labels: Array) -> tuple[Array, Array, dict[str, UnitStats]]:
+    """Returns the sum of the losses, the number of images classified correctly and the statistics of the units."""
+    logits, stats = observed(model, images)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses.sum(), (logits.argmax(-1) == labels).sum()
+    return losses.sum(), (logits.argmax(-1) == labels).sum(), stats
 
 
-def evaluate(model: nnx.Module, part: Part) -> tuple[float, float]:
-    """Returns the mean loss and the accuracy."""
+def evaluate(model: nnx.Module, part: Part) -> tuple[float, float, dict[str, float]]:
+    """Returns the mean loss, the accuracy, and the dead share and firing rate of each layer."""
     n = len(part.labels)
-    sums = [score(model, part.images[i : i + CHUNK], part.labels[i : i + CHUNK]) for i in range(0, n, CHUNK)]
-    loss, correct = np.sum(jax.device_get(sums), axis=0, dtype=np.float64) / n
-    return float(loss), float(correct)
+    scores = [score(model, part.images[i : i + CHUNK], part.labels[i : i + CHUNK]) for i in range(0, n, CHUNK)]
+    loss, correct = np.sum(jax.device_get([sums for *sums, _ in scores]), axis=0, dtype=np.float64) / n
+    stats = {name: functools.reduce(merge, [found[name] for *_, found in scores]) for name, _ in model.EDGES}
+    numbers = to_scalars(stats)
+    return float(loss), float(correct), {f"{name}/{key}": numbers[f"{name}/{key}"] for name in stats for key in UNITS}
 
 
 def train(model: nnx.Module, data: Digits, args: argparse.Namespace) -> Run:
@@ -127,8 +162,7 @@ def train(model: nnx.Module, data: Digits, args: argparse.Namespace) -> Run:
     count = len(data.train.labels)
     batches = count // args.batch_size
     schedule = make_schedule(args.schedule, args.learning_rate, args.epochs * batches)
-    clip = [optax.clip_by_global_norm(args.clip_norm)] if args.clip_norm else []
-    optimizer = nnx.Optimizer(model, optax.chain(*clip, optax.adam(schedule)), wrt=nnx.Param)
+    optimizer = make_optimizer(model, schedule, args)
     key, order = jax.random.key(args.seed), np.random.default_rng(args.seed)
     epochs, best, parameters, interrupted = [], None, {}, False
     try:
@@ -136,18 +170,27 @@ def train(model: nnx.Module, data: Digits, args: argparse.Namespace) -> Run:
             for number in progress:
                 # every batch is full, so that the step is compiled once; the images left over are others each time
                 shuffled = order.permutation(count)[: batches * args.batch_size].reshape(batches, -1)
-                steps = [train_step(model, optimizer, key, data.train.images[i], data.train.labels[i]) for i in shuffled]
+                steps = [
+                    train_step(model, optimizer, key, data.train.images[i], data.train.labels[i], args.recycle > 0)
+                    for i in shuffled
+                ]
                 loss, norm = np.mean(jax.device_get(steps), axis=0, dtype=np.float64)
                 if not math.isfinite(loss):
                     raise FloatingPointError(f"the loss is {loss} in epoch {number}")
                 rate = float(schedule((number - 1) * batches))
-                epoch = Epoch(number, float(loss), *evaluate(model, data.validation), rate, float(norm))
+                validation_loss, accuracy, units = evaluate(model, data.validation)
+                epoch = Epoch(number, float(loss), validation_loss, accuracy, rate, float(norm), units)
                 # the first of the epochs with the best accuracy and, among those, the lowest loss
                 if best is None or _merit(epoch) > _merit(best):
                     best, parameters = epoch, nnx.to_pure_dict(nnx.state(model, nnx.Param))
                 epochs.append(epoch)
                 progress.set_postfix(
-                    loss=f"{loss:.4f}", accuracy=f"{epoch.validation_accuracy:.2%}", rate=f"{rate:.1e}", norm=f"{norm:.2g}"
+                    loss=f"{loss:.4f}",
+                    accuracy=f"{accuracy:.2%}",
+                    rate=f"{rate:.1e}",
+                    norm=f"{norm:.2g}",
+                    dead=_by_layer(epoch, "dead"),
+                    firing=_by_layer(epoch, "firing_rate"),
                 )
                 if args.patience and number - best.epoch >= args.patience:
                     break
@@ -155,21 +198,22 @@ def train(model: nnx.Module, data: Digits, args: argparse.Namespace) -> Run:
         if not epochs:
             raise
         interrupted = True
-    return Run(epochs, best, parameters, interrupted)
+    recycled = int(optimizer.opt_state.recycled[...].sum()) if args.recycle else 0
+    return Run(epochs, best, parameters, recycled, interrupted)
 
 
 def write_metrics(path: Path, run: Run) -> None:
     """Writes a row an epoch; without times, so that equal seeds give equal files."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Epoch._fields)
-        writer.writerows([e.epoch, *(f"{value:.6g}" for value in e[1:])] for e in run.epochs)
+        writer.writerow([*Epoch._fields[:-1], *run.best.units])
+        writer.writerows([e.epoch, *(f"{value:.6g}" for value in (*e[1:-1], *e.units.values()))] for e in run.epochs)
 
 
 def write_curves(path: Path, run: Run, title: str) -> None:
     """Plots the losses, the validation accuracy and the gradient norm by epoch."""
     figure, (losses, accuracy, norm) = plots.panels(title, "epoch", ("loss", "validation accuracy (%)", "gradient norm"))
-    column = dict(zip(Epoch._fields, np.transpose(run.epochs), strict=True))
+    column = dict(zip(Epoch._fields[:-1], np.transpose([e[:-1] for e in run.epochs]), strict=True))
     style = {"marker": "." if len(run.epochs) == 1 else None}
     losses.semilogy(column["epoch"], column["loss"], color=plots.BLUE, label="training", **style)
     losses.semilogy(column["epoch"], column["validation_loss"], color=plots.ORANGE, label="validation", **style)
@@ -182,16 +226,32 @@ def write_curves(path: Path, run: Run, title: str) -> None:
     figure.savefig(path)
 
 
-def write(out: Path, scratch: Path, run: Run, title: str) -> None:
-    """Writes the outputs to scratch, then moves them all to out, in place of a former run's."""
-    write_metrics(scratch / "metrics.csv", run)
-    write_curves(scratch / "curves.png", run, title)
+def write_units(path: Path, run: Run, title: str) -> None:
+    """Plots the dead share and the firing rate of each layer by epoch."""
+    figure, panels = plots.panels(title, "epoch", ("dead units (%)", "firing rate (%)"))
+    numbers = [e.epoch for e in run.epochs]
+    colors = (plots.BLUE, plots.ORANGE, plots.GREEN)
+    for panel, key in zip(panels, UNITS, strict=True):
+        names = [name for name in run.best.units if name.endswith(f"/{key}")]
+        for name, color in zip(names, colors, strict=False):
+            shares = [100 * e.units[name] for e in run.epochs]
+            marker = "." if len(numbers) == 1 else None
+            panel.plot(numbers, shares, color=color, label=name.removesuffix(f"/{key}"), marker=marker)
+        panel.set_ylim(bottom=0)
+    panels[0].legend()
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path)
+
+
+def write(directory: Outputs, run: Run, title: str) -> None:
+    """Writes the outputs, in place of a former run's."""
+    write_metrics(directory.scratch / "metrics.csv", run)
+    write_curves(directory.scratch / "curves.png", run, title)
+    write_units(directory.scratch / "units.png", run, title)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((scratch / "model").absolute(), run.parameters)
-    for name in OUTPUTS:
-        if (out / name).exists():  # a directory with files cannot be replaced, only moved away
-            (out / name).rename(scratch / f"former {name}")
-        (scratch / name).rename(out / name)
+        checkpointer.save((directory.scratch / "model").absolute(), run.parameters)
+    directory.publish(*OUTPUTS)
+    directory.kept = f"{directory.out} holds {len(run.epochs)} epochs and the model of epoch {run.best.epoch}"
 
 
 def print_summary(args: argparse.Namespace, run: Run, accuracy: float, seconds: float) -> None:
@@ -204,6 +264,9 @@ def print_summary(args: argparse.Namespace, run: Run, accuracy: float, seconds: 
         "epochs run": len(run.epochs),
         "best epoch": run.best.epoch,
         "validation accuracy": f"{100 * run.best.validation_accuracy:.2f} %",
+        "dead units, by layer": _by_layer(run.best, "dead"),
+        "firing rate, by layer": _by_layer(run.best, "firing_rate"),
+        **({"units recycled": run.recycled} if args.recycle else {}),
         "test accuracy": f"{100 * accuracy:.2f} %",
         "seconds": f"{seconds:.1f}",
         "written to": f"{args.out}: {', '.join(OUTPUTS)}",
@@ -226,29 +289,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(
             f"argument --batch-size: must be at most {len(data.train.labels)}, all training images, got {args.batch_size}"
         )
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=args.out)
-    except OSError as error:
-        parser.error(f"argument --out: must be a directory to write to, got {str(args.out)!r}: {error.strerror}")
-    kept = f"nothing was written to {args.out}"
-    with scratch:
+    with outputs.directory(parser, args.out) as directory:
+        size = data.train.images.shape[1:3]
+        model = MODELS[args.model](size, data.classes, ACTIVATIONS[args.activation], nnx.Rngs(args.seed))
         try:
-            size = data.train.images.shape[1:3]
-            model = MODELS[args.model](size, data.classes, ACTIVATIONS[args.activation], nnx.Rngs(args.seed))
             run = train(model, data, args)
-            write(args.out, Path(scratch.name), run, f"{args.activation} {args.model}")
-            kept = f"{args.out} holds {len(run.epochs)} epochs and the model of epoch {run.best.epoch}"
-            if run.interrupted:
-                raise KeyboardInterrupt
-            nnx.update(model, run.parameters)
-            _, accuracy = evaluate(model, data.test)
         except FloatingPointError as error:
             parser.error(f"{error}; lower --learning-rate or set --clip-norm")
-        except KeyboardInterrupt:
-            print(f"interrupted: {kept}", file=sys.stderr)
-            sys.exit(130)
+        write(directory, run, f"{args.activation} {args.model}")
+        if run.interrupted:
+            raise KeyboardInterrupt
+        nnx.update(model, run.parameters)
+        _, accuracy, _ = evaluate(model, data.test)
     print_summary(args, run, accuracy, time.perf_counter() - start)
+
+
+def _by_layer(epoch: Epoch, key: str) -> str:
+    return " ".join(f"{value:.1%}" for name, value in epoch.units.items() if name.endswith(f"/{key}"))
 
 
 def _merit(epoch: Epoch) -> tuple[float, float]:

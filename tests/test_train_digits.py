@@ -47,11 +47,16 @@ def test_short_run(case: Case, tmp_path, capsys):
     out = capsys.readouterr().out.rstrip().splitlines()
     assert out[-1].startswith("test accuracy ")
     assert float(out[-1].split()[2]) > 50  # it learns: one class in ten is 10 %
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.csv", "model"]
-    assert list(rows(tmp_path)[0]) == FIELDS
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.csv", "model", "units.png"]
+    layers = ["hidden1", "hidden2"] if model == "mlp" else ["convolution1", "convolution2", "hidden"]
+    units = [f"{layer}/{share}" for layer in layers for share in ("dead", "firing_rate")]
+    assert list(rows(tmp_path)[0]) == FIELDS + units
+    assert all(0 <= float(row[column]) <= 1 for row in rows(tmp_path) for column in units)
+    assert all(float(rows(tmp_path)[-1][f"{layer}/firing_rate"]) > 0 for layer in layers)
     assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2"]
     assert float(rows(tmp_path)[1]["loss"]) < float(rows(tmp_path)[0]["loss"])
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("curves.png", "units.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     with ocp.StandardCheckpointer() as checkpointer:
         parameters = checkpointer.restore(tmp_path / "model")
     slopes = [
@@ -59,6 +64,17 @@ def test_short_run(case: Case, tmp_path, capsys):
     ]
     assert len(slopes) == (3 if case.name == "prelu" else 0)
     assert all((slope != 0.25).any() for slope in slopes)
+
+
+def test_recycle_revives_units(tmp_path, capsys):
+    options = ["--model", "mlp", "--epochs", "4"]
+    run(tmp_path / "a", *options)
+    assert "units recycled" not in capsys.readouterr().out
+    run(tmp_path / "b", *options, "--recycle", "18")
+    recycled = re.search(r"units recycled\s+│\s+(\d+)", capsys.readouterr().out)
+    assert int(recycled[1]) > 0
+    dead = [float(rows(tmp_path / name)[-1]["hidden2/dead"]) for name in "ab"]
+    assert dead[1] < dead[0] / 2
 
 
 def test_equal_seeds_give_equal_metrics_and_a_second_run_replaces_the_first(tmp_path):
@@ -240,5 +256,5 @@ def test_ctrl_c_keeps_the_epochs_so_far(tmp_path):
     assert process.returncode == 130
     assert out == ""
     assert error.rstrip().splitlines()[-1].startswith(f"interrupted: {tmp_path} holds ")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.csv", "model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.csv", "model", "units.png"]
     assert rows(tmp_path)

@@ -1,0 +1,52 @@
+"""The output directory of the examples: a run's files appear whole and together, and Ctrl-C leaves nothing half-written."""
+
+import contextlib
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import options
+
+
+class Outputs:
+    """A directory to write, and a scratch folder inside it, gone after the run, where files stay until they are whole.
+
+    Attributes:
+        out: the directory.
+        scratch: the folder; on the same disk, so that a file moves to `out` in one step.
+        kept: what the directory holds so far, said on Ctrl-C.
+    """
+
+    def __init__(self, out: Path, scratch: Path) -> None:
+        self.out = out
+        self.scratch = scratch
+        self.kept = f"nothing was written to {out}"
+
+    def publish(self, *names: str) -> None:
+        """Moves files or folders from scratch to the directory, in place of a former run's."""
+        for name in names:
+            if (self.out / name).exists():  # a directory with files cannot be replaced, only moved away
+                (self.out / name).rename(self.scratch / f"former {name}")
+            (self.scratch / name).rename(self.out / name)
+        self.kept = f"{self.out} holds {', '.join(names)}"
+
+
+@contextlib.contextmanager
+def directory(parser: options.Parser, out: Path) -> Iterator[Outputs]:
+    """Makes the directory and yields it; Ctrl-C inside prints what was kept, in one line, and exits with code 130.
+
+    A directory that cannot be written is an error of the argument --out.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out)
+    except OSError as error:
+        parser.error(f"argument --out: must be a directory to write to, got {str(out)!r}: {error.strerror}")
+    with scratch:
+        outputs = Outputs(out, Path(scratch.name))
+        try:
+            yield outputs
+        except KeyboardInterrupt:
+            print(f"interrupted: {outputs.kept}", file=sys.stderr)
+            sys.exit(130)

@@ -1,0 +1,119 @@
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import born_dead
+import dying_relu
+import gradient_flow
+
+EXAMPLES = [born_dead, dying_relu, gradient_flow]
+each_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.__name__)
+NAMES = {example: [f"{example.__name__}.csv", f"{example.__name__}.png"] for example in EXAMPLES}
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    """Leaves JAX's own rules on: the examples use Optax, which promotes."""
+
+
+def rows(out, example):
+    with (out / f"{example.__name__}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module", params=EXAMPLES, ids=lambda example: example.__name__)
+def run(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param.__name__) / "new" / "folder"
+    request.param.main(["--quick", "--out", str(out)])
+    return request.param, out
+
+
+def test_quick_runs_reach_their_figures(run, capsys):
+    example, out = run
+    assert sorted(path.name for path in out.iterdir()) == NAMES[example]
+    assert (out / NAMES[example][1]).read_bytes().startswith(b"\x89PNG")
+    found = rows(out, example)
+    if example is dying_relu:
+        assert list(found[0]) == ["cure", "seed", "mse", "dead_share"]
+        assert [row["cure"] for row in found] == ["none", "leaky 0.01", "leaky 0.1", "elu", "recycle"]
+        untreated, cured = found[0], found[-1]
+        assert 2 * float(cured["mse"]) <= float(untreated["mse"])
+        assert float(cured["dead_share"]) <= 0.05 < 0.35 < float(untreated["dead_share"])
+    elif example is born_dead:
+        assert list(found[0]) == ["width", "depth", "dead"]
+        dead = {(int(row["width"]), int(row["depth"])): float(row["dead"]) for row in found}
+        assert list(dead) == [(width, depth) for width in (2, 3, 4, 5, 10) for depth in (3, 5, 10, 20)]
+        # 2,000 networks: 4.5 standard errors
+        expected = {(2, 3): 0.15625, (2, 5): 0.497, (2, 10): 0.878, (2, 20): 0.994, (10, 20): 0.0067}
+        for cell, share in expected.items():
+            assert dead[cell] == pytest.approx(share, abs=4.5 * (share * (1 - share) / 2000) ** 0.5)
+    else:
+        assert list(found[0]) == ["layer", "sigmoid", "relu"]
+        assert [row["layer"] for row in found] == [str(i) for i in range(1, 11)]
+        assert all(float(row["sigmoid"]) < 0.2 * float(row["relu"]) for row in found)
+
+
+def test_bounds_on_networks_dead_at_birth():
+    assert born_dead.lower_bound(2, 3) == 0.15625
+    for width in (2, 3, 10):
+        # two hidden layers: the second is dead on both sides of 0, each of which keeps k units with a binomial's probability
+        total = sum(math.comb(width, k) / 2**width * (4**-width if 0 < k < width else 2**-width) for k in range(width + 1))
+        assert born_dead.upper_bound(width, 2) == 2**-width
+        assert born_dead.upper_bound(width, 6) == pytest.approx(1 - (1 - 2**-width) ** 5)
+        assert born_dead.lower_bound(width, 3) == pytest.approx(total, rel=1e-6)
+
+
+@each_example
+def test_mistakes_take_one_line(example, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for options, message in (
+        (["--out", str(tmp_path / "file")], "argument --out: must be a directory to write to"),
+        (["--seed", "-1"], "argument --seed: must be an integer of at least 0"),
+        (["--quicker"], "--quicker"),
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            example.main(options)
+        assert exit_info.value.code == 2
+        out, error = capsys.readouterr()
+        assert out == ""
+        assert error.count("\n") == 1
+        assert error.startswith(f"{example.__name__}.py: error: ")
+        assert message in error
+
+
+def test_a_missed_figure_takes_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(gradient_flow.EXPECTED, "relu", [0.3, 0.3])
+    with pytest.raises(SystemExit) as exit_info:
+        gradient_flow.main(["--quick", "--out", str(tmp_path)])
+    assert exit_info.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("gradient_flow.py: the gradients in x must be ")
+    assert error.count("\n") == 1
+    shares = {2: born_dead.Shares(*[[0.5] * 20] * 3)}
+    assert born_dead.miss(shares, 20_000) == "width 2, depth 3: the share dead must lie in 0.1562 to 0.1562, got 0.5000"
+
+
+def test_a_second_run_replaces_the_first(tmp_path):
+    for seed in ("0", "0", "1"):
+        before = (tmp_path / "gradient_flow.csv").read_bytes() if seed == "1" else None
+        gradient_flow.main(["--seed", seed, "--out", str(tmp_path)])
+    assert (tmp_path / "gradient_flow.csv").read_bytes() != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == NAMES[gradient_flow]
+
+
+def test_ctrl_c_leaves_nothing(tmp_path):
+    command = [sys.executable, dying_relu.__file__, "--out", str(tmp_path)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert "step" in process.stderr.readline(20) + process.stderr.read(60)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert out == ""
+    assert error.rstrip().splitlines()[-1] == f"interrupted: nothing was written to {tmp_path}"
+    assert list(tmp_path.iterdir()) == []
