@@ -1,0 +1,244 @@
+"""Trains a MobileNet-style network with relu6 on the digits, then rounds its activations to 8 bits and fewer.
+
+    python examples/relu6_convnet.py
+
+relu6 was bounded at 6 so that activations fit a number of few bits whose range is known before training: with 8 bits the
+step is 6/255. relu has no bound; its range must be observed, layer by layer, and the largest value seen sets the step. The
+network is trained with each, in float32 and in bfloat16, and tested with every activation rounded.
+
+Howard et al. 2017, MobileNets (arXiv:1704.04861).
+"""
+
+import argparse
+import csv
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+import jaxrelu
+from jaxrelu import initializers
+
+import digits
+import options
+import outputs
+import plots
+from digits import Digits
+from train_digits import train_step
+
+BITS = (8, 6, 5, 4, 3, 2)
+# channels and stride of each depthwise separable block
+BLOCKS = ((64, 1), (128, 2), (128, 1))
+BATCH = 64
+EPOCHS, QUICK_EPOCHS = 16, 4
+Activation = Callable[[Array], Array]
+Blocks = Sequence[tuple[int, int]]
+OUTPUTS = ("accuracy.csv", "ranges.csv", "relu6_convnet.png")
+
+
+class Depthwise(nnx.Module):
+    """A 3 x 3 convolution of each channel by itself, as nine products of shifted images.
+
+    That is nnx.Conv with one group a channel, whose gradient takes XLA's CPU backend five times as long.
+    """
+
+    def __init__(self, channels: int, stride: int, init: Initializer, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.kernel = nnx.Param(init(rngs.params(), (3, 3, 1, channels)))
+        self.stride = stride
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        _, height, width, _ = x.shape
+        kernel, x = self.kernel[...].astype(self.dtype), jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        return sum(
+            kernel[i, j] * x[:, i : i + height : self.stride, j : j + width : self.stride]
+            for i in range(3)
+            for j in range(3)
+        )
+
+
+class MobileNet(nnx.Module):
+    """A convolution and depthwise separable blocks, batch norm and the activation after each, for images with one channel.
+
+    Parameters and statistics are float32; `dtype` is that of the computation.
+    """
+
+    def __init__(self, activation: Activation, blocks: Blocks, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        init = initializers.kaiming_normal(activation, in_axis=(0, 1, 2))
+        conv = functools.partial(nnx.Conv, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
+        width, widths, convolutions = 32, [32], [conv(1, 32, (3, 3))]
+        for channels, stride in blocks:
+            convolutions += [Depthwise(width, stride, init, dtype, rngs), conv(width, channels, (1, 1))]
+            widths += [width, channels]
+            width = channels
+        self.activation = activation
+        self.convolutions = nnx.List(convolutions)
+        self.norms = nnx.List(nnx.BatchNorm(n, momentum=0.9, dtype=dtype, rngs=rngs) for n in widths)
+        self.output = nnx.Linear(width, 10, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.apply(x)[0]
+
+    def apply(self, x: Array, top: Array | None = None, levels: float = 0.0) -> tuple[Array, Array]:
+        """Returns the logits, and the largest output of each activation.
+
+        Args:
+            x: images.
+            top: if given, the ends of the ranges, one an activation, to round in; what lies above becomes the end.
+            levels: steps in a range.
+        """
+        largest = []
+        for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
+            x = self.activation(norm(convolution(x)))
+            if top is not None:
+                # in float32: bfloat16 has 8 bits too, at other places
+                step = top[i] / levels
+                x = (step * jnp.clip(jnp.round(x.astype(jnp.float32) / step), 0, levels)).astype(x.dtype)
+            largest.append(x.max().astype(jnp.float32))
+        return self.output(x.mean((1, 2))).astype(jnp.float32), jnp.stack(largest)
+
+
+class Row(NamedTuple):
+    """A row of accuracy.csv: the share of test images classified correctly, unrounded, and by the bits of an activation."""
+
+    activation: str
+    dtype: str
+    accuracy: float
+    rounded: tuple[float, ...]
+    largest: np.ndarray
+
+
+@nnx.jit
+def predict(model: MobileNet, images: Array) -> tuple[Array, Array]:
+    """Returns the classes, and the largest output of each activation."""
+    logits, largest = model.apply(images)
+    return logits.argmax(-1), largest
+
+
+@nnx.jit
+def predict_rounded(model: MobileNet, images: Array, top: Array, levels: Array) -> Array:
+    """Returns the classes with every activation rounded."""
+    return model.apply(images, top, levels)[0].argmax(-1)
+
+
+def train(model: MobileNet, data: Digits, epochs: int, seed: int, progress: tqdm) -> None:
+    """Trains the model on the training and the validation images, as no choice is made by the latter."""
+    images = np.concatenate([data.train.images, data.validation.images])
+    labels = np.concatenate([data.train.labels, data.validation.labels])
+    batches = len(labels) // BATCH
+    optimizer = nnx.Optimizer(model, optax.adam(optax.cosine_decay_schedule(0.01, epochs * batches)), wrt=nnx.Param)
+    key, order = jax.random.key(seed), np.random.default_rng(seed)
+    model.train()
+    for _ in range(epochs):
+        for batch in order.permutation(len(labels))[: batches * BATCH].reshape(batches, BATCH):
+            train_step(model, optimizer, key, images[batch], labels[batch])
+        progress.update()
+    model.eval()
+
+
+def examine(name: str, dtype: DTypeLike, data: Digits, args: argparse.Namespace, progress: tqdm) -> Row:
+    """Trains with an activation in a dtype, and tests with the activations as they are and rounded."""
+    blocks = BLOCKS[:1] if args.quick else BLOCKS
+    # jitted, as each layer's draws would be compiled by themselves otherwise
+    model = nnx.jit(lambda: MobileNet(getattr(jaxrelu, name), blocks, dtype, nnx.Rngs(args.seed)))()
+    train(model, data, QUICK_EPOCHS if args.quick else EPOCHS, args.seed, progress)
+    _, largest = predict(model, data.train.images)
+    # relu6 needs no look at the data; relu's range is that of the training images
+    top = jnp.full_like(largest, 6.0) if name == "relu6" else largest
+    images, labels = data.test.images, data.test.labels
+    accuracy = np.mean(predict(model, images)[0] == labels)
+    rounded = [np.mean(predict_rounded(model, images, top, jnp.float32(2**bits - 1)) == labels) for bits in BITS]
+    return Row(name, jnp.dtype(dtype).name, float(accuracy), tuple(map(float, rounded)), np.asarray(largest))
+
+
+def write(directory: outputs.Outputs, rows: Sequence[Row]) -> None:
+    """Writes the accuracies, the ranges and the picture."""
+    with (directory.scratch / "accuracy.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["activation", "dtype", "accuracy", *(f"accuracy_{bits}_bits" for bits in BITS)])
+        writer.writerows([r.activation, r.dtype, *(f"{a:.6g}" for a in (r.accuracy, *r.rounded))] for r in rows)
+    with (directory.scratch / "ranges.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["activation", "dtype", "layer", "largest", "step_8_bits"])
+        for row in rows:
+            for layer, largest in enumerate(row.largest, 1):
+                top = 6.0 if row.activation == "relu6" else largest
+                writer.writerow([row.activation, row.dtype, layer, f"{largest:.6g}", f"{top / 255:.6g}"])
+    draw(directory.scratch / "relu6_convnet.png", rows)
+    directory.publish(*OUTPUTS)
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """Draws the accuracy by the bits, and the range of each layer."""
+    figure, (accuracy, ranges) = plots.panels(
+        "relu6's range is known before training, relu's must be observed",
+        "activation, from the input on",
+        ("test accuracy (%)", "largest output"),
+        height=2.8,
+        sharex=False,
+    )
+    for row in rows:
+        style = {
+            "color": plots.BLUE if row.activation == "relu6" else plots.ORANGE,
+            "linestyle": "-" if row.dtype == "float32" else "--",
+            "marker": "o" if row.activation == "relu6" else "s",
+            "fillstyle": "full" if row.dtype == "float32" else "none",
+            "label": f"{row.activation}, {row.dtype}",
+        }
+        accuracy.plot(BITS, 100 * np.array(row.rounded), **style)
+        ranges.plot(np.arange(1, 1 + len(row.largest)), row.largest, **style)
+    accuracy.set_xlabel("bits of an activation")
+    accuracy.legend()
+    figure.savefig(path)
+
+
+def print_summary(rows: Sequence[Row]) -> None:
+    """Prints a table, and relu6's accuracies as the last line."""
+    table = Table("test accuracy (%)", *(f"{row.activation} {row.dtype}" for row in rows))
+    for i, name in enumerate(["as it is", *(f"{bits} bits" for bits in BITS)]):
+        table.add_row(name, *(f"{100 * (row.accuracy, *row.rounded)[i]:.1f}" for row in rows))
+    tops = [np.array([6.0]) if row.activation == "relu6" else row.largest for row in rows]
+    table.add_row("least end of a range", *(f"{top.min():.1f}" for top in tops))
+    table.add_row("largest end of a range", *(f"{top.max():.1f}" for top in tops))
+    table.add_row("largest step at 8 bits", *(f"{top.max() / 255:.4f}" for top in tops))
+    Console().print(table)
+    row = rows[0]
+    print(f"relu6: test accuracy {100 * row.accuracy:.2f} %, with 8-bit activations {100 * row.rounded[0]:.2f} %")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, rounds, and checks the accuracies; argv is the command line without the program's name."""
+    parser = options.demonstration("relu6_convnet.py", "Train a MobileNet-style network with relu6; round it to 8 bits.")
+    args = parser.parse_args(argv)
+    data = digits.bundled(args.seed)
+    with outputs.directory(parser, args.out) as directory:
+        cases = [(name, dtype) for dtype in (jnp.float32, jnp.bfloat16) for name in ("relu6", "relu")]
+        cases = cases[: 1 if args.quick else None]
+        with tqdm(total=len(cases) * (QUICK_EPOCHS if args.quick else EPOCHS), unit="epoch") as progress:
+            rows = [examine(*case, data, args, progress) for case in cases]
+        write(directory, rows)
+    print_summary(rows)
+    wanted, granted = (60, 3) if args.quick else (97, 1)
+    for row in rows:
+        accuracy, lost = 100 * row.accuracy, 100 * (row.accuracy - row.rounded[0])
+        if accuracy < wanted or lost > granted:
+            parser.miss(
+                f"{row.activation} in {row.dtype} must reach {wanted} % and lose at most {granted} points at 8 bits, got "
+                f"{accuracy:.2f} % and {lost:.2f} points"
+            )
+
+
+if __name__ == "__main__":
+    main()
