@@ -19,8 +19,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
-    # the examples use Optax and Flax, which promote
-    if request.path.stem.startswith("test_train") or request.path.suffix == ".md":
+    # the examples and the README use Optax and Flax, which promote
+    if request.path.stem.startswith(("test_train", "test_gallery", "test_readme")):
         yield
         return
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):

@@ -120,8 +120,8 @@ def gradient_flow(loss: Callable[..., Array], params: Any, *args: Any) -> dict[s
         *args: what else `loss` takes.
 
     Returns:
-        Python floats by layer path, in natural order (layer_2 before layer_10). The path joins by "/" the keys that lead to
-        the layer, without Flax linen's leading "params"; the layer is what holds the arrays, or the array where nothing does.
+        Python floats by layer path, in natural order: layer_2 before layer_10. The path joins by "/" the keys that lead to
+        what holds the arrays, without Flax linen's leading "params", or to an array that nothing holds.
 
     References:
         Glorot and Bengio 2010, Understanding the difficulty of training deep feedforward neural networks.
