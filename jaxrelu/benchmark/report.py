@@ -152,7 +152,8 @@ def plot_memory(records: Sequence[Record], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = {key: peers for key, peers in group(records).items() if key[1] == "memory"}
-    panels = list(dict.fromkeys(key[0] for key in rows))
+    # the floor of a run that was interrupted has no activation beside it
+    panels = list(dict.fromkeys(key[0] for key in rows if key[3]))
     figure, axes = plt.subplots(len(panels), figsize=(8, 1.2 + 2.4 * len(panels)), layout="constrained", squeeze=False)
     for axis, device in zip(axes[:, 0], panels, strict=True):
         _, _, _, activation, dtype, size = next(key for key in rows if key[0] == device and key[3])
