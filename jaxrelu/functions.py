@@ -12,9 +12,8 @@ side would be kept as a full array by a scan over layers. TPU's compiler does al
 
 import functools
 import math
-import numbers
 from collections.abc import Callable
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,8 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
+
+from jaxrelu import _arguments as checked
 
 _Jitted = Callable[..., Array]
 
@@ -76,7 +77,7 @@ def relu(x: ArrayLike, *, kink: float = 0.0) -> Array:
         >>> jax.grad(jaxrelu.relu)(0.0)
         Array(0., dtype=float32, weak_type=True)
     """
-    return _relu_jit(_real("relu", "x", x), _kink("relu", kink))
+    return _relu_jit(checked.real("relu", "x", x), checked.kink("relu", kink))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -84,13 +85,14 @@ def _relu(x: Array, kink: float) -> Array:
     def plain(x: Array) -> Array:
         return jnp.maximum(x, 0)
 
+    def opaque(x: Array) -> Array:
+        return jnp.where(x > 0, jnp.abs(x), jnp.maximum(x, 0))
+
     if jnp.issubdtype(x.dtype, jnp.integer):  # no derivative, and some narrow ones no abs
         return plain(x)
     # a GPU's matrix product takes in bias and relu if relu is a maximum; abs keeps x of two uses apart, as XLA merges
     # where(x > 0, x, maximum(x, 0)) into one use and then keeps x, in the feed-forward part of a transformer
-    return lax.platform_dependent(
-        x, cuda=plain, rocm=plain, tpu=plain, default=lambda x: jnp.where(x > 0, jnp.abs(x), plain(x))
-    )
+    return lax.platform_dependent(x, cuda=plain, rocm=plain, tpu=plain, default=opaque)
 
 
 @_relu.defjvp
@@ -132,10 +134,10 @@ def leaky_relu(x: ArrayLike, negative_slope: ArrayLike = 0.01, *, kink: float = 
         >>> jaxrelu.leaky_relu(jax.numpy.array([-2.0, 0.0, 3.0]), 0.1)
         Array([-0.2,  0. ,  3. ], dtype=float32)
     """
-    x, kink = _floating("leaky_relu", "x", x), _kink("leaky_relu", kink)
-    if _is_number(negative_slope):
+    x, kink = checked.floating("leaky_relu", "x", x), checked.kink("leaky_relu", kink)
+    if checked.is_number(negative_slope):
         return _leaky_relu_jit(x, float(negative_slope), kink)
-    slope = _fitting("leaky_relu", "negative_slope", negative_slope, x)
+    slope = checked.fitting("leaky_relu", "negative_slope", negative_slope, x)
     return _prelu_jit(x, slope, None, kink)
 
 
@@ -187,8 +189,8 @@ def prelu(x: ArrayLike, negative_slope: ArrayLike, *, axis: int | None = None, k
         Array([[-1., -1.],
                [ 2.,  2.]], dtype=float32)
     """
-    x, kink = _floating("prelu", "x", x), _kink("prelu", kink)
-    return _prelu_jit(x, _fitting("prelu", "negative_slope", negative_slope, x, axis), axis, kink)
+    x, kink = checked.floating("prelu", "x", x), checked.kink("prelu", kink)
+    return _prelu_jit(x, checked.fitting("prelu", "negative_slope", negative_slope, x, axis), axis, kink)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -251,10 +253,10 @@ def elu(x: ArrayLike, alpha: ArrayLike = 1.0, *, kink: float = 0.0, save: Litera
         >>> jaxrelu.elu(jax.numpy.array([-1.0, 0.0, 2.0]))
         Array([-0.63212055,  0.        ,  2.        ], dtype=float32)
     """
-    x, kink = _floating("elu", "x", x), _kink("elu", kink)
+    x, kink = checked.floating("elu", "x", x), checked.kink("elu", kink)
     if save not in ("input", "output"):
         raise ValueError(f'elu: save must be "input" or "output", got {save!r}')
-    number = _is_number(alpha)
+    number = checked.is_number(alpha)
     if save == "output" and not (number and float(alpha) > 0 and kink == 0.0):
         raise ValueError(
             'elu: save="output" needs a positive Python number as alpha and kink 0, as the sign of the output decides, got '
@@ -262,7 +264,7 @@ def elu(x: ArrayLike, alpha: ArrayLike = 1.0, *, kink: float = 0.0, save: Litera
         )
     if number:
         return _elu_jit(x, float(alpha), kink, save)
-    return _elu_array_jit(x, _fitting("elu", "alpha", alpha, x), kink)
+    return _elu_array_jit(x, checked.fitting("elu", "alpha", alpha, x), kink)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -326,7 +328,7 @@ def relu6(x: ArrayLike, *, kink: float = 0.0) -> Array:
         >>> jaxrelu.relu6(jax.numpy.array([-1.0, 5.0, 7.0]))
         Array([0., 5., 6.], dtype=float32)
     """
-    return _relu6_jit(_real("relu6", "x", x), _kink("relu6", kink))
+    return _relu6_jit(checked.real("relu6", "x", x), checked.kink("relu6", kink))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -350,7 +352,14 @@ def _kept(x: Array, y: Array) -> Array:
 
     TPU's compiler recomputes either from the other as it sees fit, and takes up to 12 % more memory for a sign of y.
     """
-    return lax.platform_dependent(x, y, tpu=lambda x, y: x, default=lambda x, y: y)
+
+    def first(x: Array, y: Array) -> Array:
+        return x
+
+    def second(x: Array, y: Array) -> Array:
+        return y
+
+    return lax.platform_dependent(x, y, tpu=first, default=second)
 
 
 def _at_kink(x: Array, kink: float, slope: Any) -> Any:
@@ -431,77 +440,3 @@ def _align(parameter: Array, x: Array, axis: int | None) -> Array:
     else:
         shape[axis] = wide.size
     return wide.reshape(shape)
-
-
-def _kink(function: str, kink: object) -> float:
-    """Returns kink as a float if it is a finite Python number."""
-    if not _is_number(kink):
-        raise TypeError(f"{function}: kink must be a Python number, as it is static, got {_describe(kink)}; pass a float")
-    if not math.isfinite(kink):
-        raise ValueError(f"{function}: kink must be finite, got {kink}")
-    return float(kink)
-
-
-def _is_number(x: object) -> TypeGuard[float]:
-    # float and int first: an abstract class takes a microsecond, a quarter of an eager call's own checks
-    return isinstance(x, (float, int, numbers.Real)) and not isinstance(x, bool)
-
-
-@functools.cache
-def _is_a(dtype: Any, kind: Any) -> bool:
-    return jnp.issubdtype(dtype, kind)
-
-
-def _real(function: str, argument: str, x: Any) -> Any:
-    """Returns x if it is a real number or an array of them."""
-    if not isinstance(x, jax.Array) and hasattr(x, "__jax_array__"):  # a Flax variable, say
-        x = x.__jax_array__()
-    if isinstance(x, (jax.Array, np.ndarray, np.generic)):
-        if _is_a(x.dtype, jnp.floating) or _is_a(x.dtype, jnp.integer):
-            return x
-    elif isinstance(x, (int, float)) and not isinstance(x, bool):
-        return x
-    raise TypeError(
-        f"{function}: {argument} must be a real number or an array of floats or integers, got {_describe(x)}; "
-        f"convert it first, e.g. with jnp.asarray({argument}, jnp.float32)"
-    )
-
-
-def _floating(function: str, argument: str, x: Any) -> Any:
-    """Returns x as _real does, integers as the default float."""
-    x = _real(function, argument, x)
-    if isinstance(x, int):
-        return float(x)
-    if isinstance(x, float) or _is_a(x.dtype, jnp.floating):
-        return x
-    if getattr(x, "weak_type", False):  # a Python int that an outer jit traces
-        return x * 1.0
-    return jnp.asarray(x, jnp.result_type(float))
-
-
-def _fitting(function: str, argument: str, parameter: Any, x: Any, axis: int | None = None) -> Any:
-    """Returns parameter as _real does, if it fits x along axis."""
-    parameter = _real(function, argument, parameter)
-    shape, wanted = np.shape(parameter), np.shape(x)
-    if axis is not None:
-        if isinstance(axis, bool) or not isinstance(axis, int):
-            raise TypeError(f"{function}: axis must be an int or None, got {_describe(axis)}")
-        if not -len(wanted) <= axis < len(wanted):
-            raise ValueError(f"{function}: axis {axis} is out of range for x of shape {wanted}")
-        if shape not in ((), (1,), (wanted[axis],)):
-            raise ValueError(
-                f"{function}: with axis={axis}, {argument} must be a scalar or have shape {(wanted[axis],)} for x of shape "
-                f"{wanted}, got shape {shape}; give one {argument} for each index of that axis, or axis=None"
-            )
-    elif len(shape) > len(wanted) or any(s not in (1, w) for s, w in zip(shape[::-1], wanted[::-1], strict=False)):
-        raise ValueError(
-            f"{function}: {argument} of shape {shape} must broadcast to x of shape {wanted}; reshape it, or for prelu pass "
-            "the axis of x along which it lies"
-        )
-    return parameter
-
-
-def _describe(x: Any) -> str:
-    if hasattr(x, "dtype") and hasattr(x, "shape"):
-        return f"{type(x).__name__} of dtype {x.dtype} and shape {x.shape}"
-    return f"{type(x).__name__} {x!r}" if x is not None else "None"

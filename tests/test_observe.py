@@ -240,6 +240,16 @@ def test_devices_are_examples(check):
     assert stats["relu_1"].count == 2 * taken
 
 
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data")], ids=["examples", "units"])
+def test_explicit_sharding(spec):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
+    z = RNG.normal(size=(300, 12)).astype(np.float32)
+    sharded = jax.device_put(z, jax.sharding.NamedSharding(mesh, spec))
+    assert_seen(jax.jit(observe(jaxrelu.relu))(sharded)[1]["relu"], z)
+    with jax.set_mesh(mesh):
+        assert unit_stats(sharded, where=jax.device_put(z[:, 0] > 0)).count == (z[:, 0] > 0).sum()
+
+
 def test_devices_that_do_the_same_work_count_once():
     mesh = jax.make_mesh((2, 3), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:6])
     f = jax.shard_map(jaxrelu.relu, mesh=mesh, in_specs=P("data"), out_specs=P("data"))

@@ -1,6 +1,7 @@
 """What is known of each unit: counts, extremes and running means that can be merged in any order."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxrelu import functions
@@ -312,6 +314,20 @@ def _statistics(
             return function(z, *args)
 
         h, slope = jax.jvp(of_z, (z,), (jnp.ones_like(z),))
+    reduce: Any = functools.partial(_reduced, axes=axes)
+    mesh = jax.typeof(z).sharding.mesh
+    if mesh.explicit_axes:
+        # rows are cut into chunks, which explicit sharding allows only where each lies on one device
+        reduce = jax.sharding.auto_axes(reduce, out_sharding=NamedSharding(mesh, PartitionSpec()))
+    return reduce(z, h, slope, where)
+
+
+# under a name by which `observe` knows that there is nothing to see inside
+_statistics.__name__ = functions.TAG + "statistics"
+statistics: Callable[..., UnitStats] = jax.jit(_statistics, static_argnames=("function", "axes"))
+
+
+def _reduced(z: Array, h: Array, slope: Array, where: Array | None, *, axes: tuple[int, int] | None) -> UnitStats:
     dtype = jnp.float64 if z.dtype == jnp.float64 else jnp.float32
     z, h, slope = (_rows(x, axes and axes[i]) for i, x in ((0, z), (1, h), (1, slope)))
     z = jnp.tile(z, (len(h) // max(1, len(z)), 1))  # if a parameter alone was mapped
@@ -347,11 +363,6 @@ def _statistics(
             output=_Mean(_fold(lax.reduce_sum, h) / number, nothing),
         ),
     )
-
-
-# under a name by which `observe` knows that there is nothing to see inside
-_statistics.__name__ = functions.TAG + "statistics"
-statistics: Callable[..., UnitStats] = jax.jit(_statistics, static_argnames=("function", "axes"))
 
 
 def _rows(x: Array, axis: int | None) -> Array:

@@ -1,0 +1,84 @@
+"""Checks of what callers pass: at trace time, from type, shape and dtype, in one line that says what to do."""
+
+import functools
+import math
+import numbers
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def kink(function: str, kink: object) -> float:
+    """Returns kink as a float if it is a finite Python number."""
+    if not is_number(kink):
+        raise TypeError(f"{function}: kink must be a Python number, as it is static, got {_describe(kink)}; pass a float")
+    if not math.isfinite(kink):
+        raise ValueError(f"{function}: kink must be finite, got {kink}")
+    return float(kink)
+
+
+def is_number(x: object) -> TypeGuard[float]:
+    # float and int first: an abstract class takes a microsecond, a quarter of an eager call's own checks
+    return isinstance(x, (float, int, numbers.Real)) and not isinstance(x, bool)
+
+
+@functools.cache
+def _is_a(dtype: Any, kind: Any) -> bool:
+    return jnp.issubdtype(dtype, kind)
+
+
+def real(function: str, argument: str, x: Any) -> Any:
+    """Returns x if it is a real number or an array of them."""
+    if not isinstance(x, jax.Array) and hasattr(x, "__jax_array__"):  # a Flax variable, say
+        x = x.__jax_array__()
+    if isinstance(x, (jax.Array, np.ndarray, np.generic)):
+        if _is_a(x.dtype, jnp.floating) or _is_a(x.dtype, jnp.integer):
+            return x
+    elif isinstance(x, (int, float)) and not isinstance(x, bool):
+        return x
+    raise TypeError(
+        f"{function}: {argument} must be a real number or an array of floats or integers, got {_describe(x)}; "
+        f"convert it first, e.g. with jnp.asarray({argument}, jnp.float32)"
+    )
+
+
+def floating(function: str, argument: str, x: Any) -> Any:
+    """Returns x as real does, integers as the default float."""
+    x = real(function, argument, x)
+    if isinstance(x, int):
+        return float(x)
+    if isinstance(x, float) or _is_a(x.dtype, jnp.floating):
+        return x
+    if getattr(x, "weak_type", False):  # a Python int that an outer jit traces
+        return x * 1.0
+    return jnp.asarray(x, jnp.result_type(float))
+
+
+def fitting(function: str, argument: str, parameter: Any, x: Any, axis: int | None = None) -> Any:
+    """Returns parameter as real does, if it fits x along axis."""
+    parameter = real(function, argument, parameter)
+    shape, wanted = np.shape(parameter), np.shape(x)
+    if axis is not None:
+        if isinstance(axis, bool) or not isinstance(axis, int):
+            raise TypeError(f"{function}: axis must be an int or None, got {_describe(axis)}")
+        if not -len(wanted) <= axis < len(wanted):
+            raise ValueError(f"{function}: axis {axis} is out of range for x of shape {wanted}")
+        if shape not in ((), (1,), (wanted[axis],)):
+            raise ValueError(
+                f"{function}: with axis={axis}, {argument} must be a scalar or have shape {(wanted[axis],)} for x of shape "
+                f"{wanted}, got shape {shape}; give one {argument} for each index of that axis, or axis=None"
+            )
+    elif len(shape) > len(wanted) or any(s not in (1, w) for s, w in zip(shape[::-1], wanted[::-1], strict=False)):
+        raise ValueError(
+            f"{function}: {argument} of shape {shape} must broadcast to x of shape {wanted}; reshape it, or for prelu pass "
+            "the axis of x along which it lies"
+        )
+    return parameter
+
+
+def _describe(x: Any) -> str:
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return f"{type(x).__name__} of dtype {x.dtype} and shape {x.shape}"
+    return f"{type(x).__name__} {x!r}" if x is not None else "None"
