@@ -120,7 +120,7 @@ def observed(model: nnx.Module, images: Array) -> tuple[Array, dict[str, UnitSta
 
 @functools.partial(nnx.jit, static_argnames="recycling")
 def train_step(
-    model: nnx.Module, optimizer: nnx.Optimizer, key: Array, images: Array, labels: Array, recycling: bool
+    model: nnx.Module, optimizer: nnx.Optimizer, key: Array, images: Array, labels: Array, recycling: bool = False
 ) -> tuple[Array, Array]:
     """Updates the model on a batch, shifted at random; returns the loss and the norm of its gradient."""
     images = digits.random_shift(jax.random.fold_in(key, optimizer.step[...]), images)

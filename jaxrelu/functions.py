@@ -31,16 +31,15 @@ TAG = "jaxrelu."
 
 
 def _jit(core: Callable[..., Array], name: str, static_argnums: int | tuple[int, ...]) -> _Jitted:
-    """Returns the core jitted under a name of its own, with the unit axis of x marked.
+    """Returns the core jitted under a name of its own, with the unit axis of x and of the result marked.
 
     An eager call of a bare custom_jvp function traces its body every time. The mark is a split into one part, which XLA
-    removes: of the operations that do nothing it is one whose axis stays right under vmap. A parameter may be mapped along
-    another axis than x, so that y comes out with its axes moved: it is marked too.
+    removes: of the operations that do nothing it is one whose axis stays right under vmap. The result comes out of vmap with
+    its axes moved where the platforms' branches or a parameter move them, so it has a mark of its own.
     """
 
     def marked(x: Array, *arguments: Any) -> Array:
-        y = core(_mark(x), *arguments)
-        return _mark(y) if any(isinstance(a, Array) for a in arguments) else y
+        return _mark(core(_mark(x), *arguments))
 
     marked.__name__ = marked.__qualname__ = TAG + name
     return jax.jit(marked, static_argnums=static_argnums)
