@@ -1,6 +1,7 @@
 """Timings, all peers of a measurement interleaved, and what else is measured by running rather than by compiling."""
 
 import functools
+import importlib
 import importlib.util
 import math
 import os
@@ -113,17 +114,23 @@ def torch_here() -> bool:
     """Returns whether PyTorch is installed and sees the device that JAX runs on."""
     if importlib.util.find_spec("torch") is None:
         return False
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads of its pool would spin in the other peers' time
-    import torch
+    return jax.default_backend() == "cpu" or (jax.default_backend() == "gpu" and _torch().cuda.is_available())
 
-    return jax.default_backend() == "cpu" or (jax.default_backend() == "gpu" and torch.cuda.is_available())
+
+def _torch() -> Any:
+    """Returns PyTorch, which is no dependency: types are checked without it."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads of its pool would spin in the other peers' time
+    return importlib.import_module("torch")
+
+
+def _same(tensor: Any) -> Any:
+    return tensor
 
 
 def _torch_calls(name: str, x: Array, g: Array) -> dict[str, Call]:
     if not torch_here():
         return {}
-    import torch
-
+    torch = _torch()
     gpu = jax.default_backend() == "gpu"
     dtype: Any = getattr(torch, str(x.dtype))
     primal, gradient = (torch.tensor(np.asarray(a, np.float32), device="cuda" if gpu else "cpu").to(dtype) for a in (x, g))
@@ -149,8 +156,7 @@ def _torch_calls(name: str, x: Array, g: Array) -> dict[str, Call]:
 
 def torch_saved_bytes(activation: str | None, dtype: str, batch: int, width: int, layers: int = 8) -> int:
     """Returns the bytes of what PyTorch saves for the backward pass of the mlp, each storage once, parameters left out."""
-    import torch
-
+    torch = _torch()
     number: Any = getattr(torch, dtype)
     parameters: list[Any] = []
     saved: dict[int, int] = {}
@@ -161,7 +167,7 @@ def torch_saved_bytes(activation: str | None, dtype: str, batch: int, width: int
         return tensor
 
     x = torch.randn(batch, width).to(number)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, _same):
         for _ in range(layers):
             w = torch.randn(width, width).mul(width**-0.5).to(number).requires_grad_()
             b, slope = torch.zeros(width, dtype=number, requires_grad=True), torch.full((1,), SLOPE, dtype=number)
