@@ -14,9 +14,18 @@ def kink(function: str, kink: object) -> float:
     """Returns kink as a float if it is a finite Python number."""
     if not is_number(kink):
         raise TypeError(f"{function}: kink must be a Python number, as it is static, got {_describe(kink)}; pass a float")
-    if not math.isfinite(kink):
+    value = number(function, "kink", kink)
+    if not math.isfinite(value):
         raise ValueError(f"{function}: kink must be finite, got {kink}")
-    return float(kink)
+    return value
+
+
+def number(function: str, argument: str, x: float) -> float:
+    """Returns a Python number as a float."""
+    try:
+        return float(x)
+    except OverflowError:
+        raise ValueError(f"{function}: {argument} must be less than 2^1024, got {type(x).__name__}; pass a float") from None
 
 
 def is_number(x: object) -> TypeGuard[float]:
@@ -26,7 +35,8 @@ def is_number(x: object) -> TypeGuard[float]:
 
 @functools.cache
 def _is_a(dtype: Any, kind: Any) -> bool:
-    return jnp.issubdtype(dtype, kind)
+    # JAX has no longdouble, and NumPy takes a timedelta for an integer
+    return jnp.issubdtype(dtype, kind) and dtype.itemsize <= 8 and dtype.kind != "m"
 
 
 def real(function: str, argument: str, x: Any) -> Any:

@@ -24,13 +24,11 @@ from jax.typing import ArrayLike
 
 from jaxrelu import _arguments as checked
 
-_Jitted = Callable[..., Array]
-
 # begins the name of every jitted core; `jaxrelu.diagnostics` knows them by it
 TAG = "jaxrelu."
 
 
-def _jit(core: Callable[..., Array], name: str, static_argnums: int | tuple[int, ...]) -> _Jitted:
+def _jit(core: Callable[..., Array], name: str, static_argnums: int | tuple[int, ...]) -> Callable[..., Array]:
     """Returns the core jitted under a name of its own, with the unit axis of x and of the result marked.
 
     An eager call of a bare custom_jvp function traces its body every time. The mark is a split into one part, which XLA
@@ -135,9 +133,9 @@ def leaky_relu(x: ArrayLike, negative_slope: ArrayLike = 0.01, *, kink: float = 
     """
     x, kink = checked.floating("leaky_relu", "x", x), checked.kink("leaky_relu", kink)
     if checked.is_number(negative_slope):
-        return _leaky_relu_jit(x, float(negative_slope), kink)
+        return _leaky_relu_jit(x, checked.number("leaky_relu", "negative_slope", negative_slope), kink)
     slope = checked.fitting("leaky_relu", "negative_slope", negative_slope, x)
-    return _prelu_jit(x, slope, None, kink)
+    return _leaky_relu_array_jit(x, slope, None, kink)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -161,12 +159,13 @@ def prelu(x: ArrayLike, negative_slope: ArrayLike, *, axis: int | None = None, k
     """Parametric rectified linear unit: a leaky_relu whose slope is learned.
 
     `prelu(x, a) = x` for x > 0, else `a * x`. The derivative in x is 1 for x > 0, `a` for x < 0 and at NaN, and
-    `a + kink * (1 - a)` at 0; in a it is x for x < 0, else 0. The slope's gradient is summed in float32 or wider, then
-    cast to the slope's dtype.
+    `a + kink * (1 - a)` at 0; in a it is x for x < 0, else 0, whatever `kink` is. The slope's gradient is summed in float32
+    or wider, then cast to the slope's dtype.
 
     Args:
         x: real numbers of any shape; integers are promoted to the default float.
-        negative_slope: the slope a: a scalar, a vector along `axis`, or an array that broadcasts to the shape of `x`.
+        negative_slope: the slope a: a scalar, a vector along `axis`, or an array that broadcasts to the shape of `x`; finite
+            in its dtype.
         axis: the axis of `x` along which a vector of slopes lies, e.g. 1 for channels in NCHW, -1 in NHWC; None
             broadcasts by NumPy's rules.
         kink: where the derivative at 0 lies between the two sides, 0 the negative, 1 the positive; a finite number.
@@ -192,34 +191,32 @@ def prelu(x: ArrayLike, negative_slope: ArrayLike, *, axis: int | None = None, k
     return _prelu_jit(x, checked.fitting("prelu", "negative_slope", negative_slope, x, axis), axis, kink)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _prelu(x: Array, slope: Array, kink: float) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _prelu(x: Array, slope: Array, axis: int | None, kink: float) -> Array:
     # the slope is rounded to x's dtype, and the product once more; the 8-bit floats multiply in float32
     wide = _widen(x)
-    return _cast(jnp.where(wide > 0, wide, _cast(_cast(slope, x), wide) * wide), x)
+    return _cast(jnp.where(wide > 0, wide, _cast(_cast(_align(slope, x, axis), x), wide) * wide), x)
 
 
 @functools.partial(_prelu.defjvp, symbolic_zeros=True)
-def _prelu_jvp(kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _prelu_jvp(axis: int | None, kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x, slope), (g, h) = primals, tangents
     on, wide = x > 0, _widen(x)
     active = off = jnp.zeros_like(wide)
     # a tangent that is known to be zero is left out: its product with an infinite x or slope would be NaN
     if type(g) is not SymbolicZero:
         active = _widen(g)
-        off = _at_kink(x, kink, _cast(_cast(slope, x), wide)) * active
+        off = _at_kink(x, kink, _cast(_cast(_align(slope, x, axis), x), wide)) * active
     if type(h) is not SymbolicZero:
         # masked before the product, so that +inf on the active side meets no 0 in either mode; the product is wide, so
         # that its transpose sums the slope's gradient in float32
+        h = _align(h, x, axis)
         off += wide * _cast(jnp.where(on, jnp.zeros_like(h), h), wide)
-    return _prelu(x, slope, kink), _cast(jnp.where(on, active, off), x)
+    return _prelu(x, slope, axis, kink), _cast(jnp.where(on, active, off), x)
 
 
-def _prelu_along(x: Array, slope: Array, axis: int | None, kink: float) -> Array:
-    return _prelu(x, _align(slope, x, axis), kink)
-
-
-_prelu_jit = _jit(_prelu_along, "prelu", (2, 3))
+_prelu_jit = _jit(_prelu, "prelu", (2, 3))
+_leaky_relu_array_jit = _jit(_prelu, "leaky_relu", (2, 3))
 
 
 def elu(x: ArrayLike, alpha: ArrayLike = 1.0, *, kink: float = 0.0, save: Literal["input", "output"] = "input") -> Array:
@@ -233,8 +230,8 @@ def elu(x: ArrayLike, alpha: ArrayLike = 1.0, *, kink: float = 0.0, save: Litera
         alpha: minus the value at -inf: a Python number, or an array that broadcasts to the shape of `x`.
         kink: where the derivative at 0 lies between the two sides, 0 the negative, 1 the positive; a finite number.
         save: what the backward pass keeps. "input" gives an accurate derivative everywhere. "output" gives `y + alpha` on
-            the negative side and lets x be freed: off by at most 1 ulp of alpha, and 0 below x = -6.25 in bfloat16, -8.3 in
-            float16, -17 in float32.
+            the negative side and lets x be freed: off by at most alpha times the dtype's epsilon; for alpha 1 it is 0 below
+            x = -6.25 in bfloat16, -8.32 in float16, -17 in float32.
 
     Returns:
         An array with the shape of `x` and its float dtype.
@@ -256,20 +253,20 @@ def elu(x: ArrayLike, alpha: ArrayLike = 1.0, *, kink: float = 0.0, save: Litera
     if save not in ("input", "output"):
         raise ValueError(f'elu: save must be "input" or "output", got {save!r}')
     number = checked.is_number(alpha)
-    if save == "output" and not (number and float(alpha) > 0 and kink == 0.0):
+    if save == "output" and not (number and alpha > 0 and kink == 0.0):
         raise ValueError(
             'elu: save="output" needs a positive Python number as alpha and kink 0, as the sign of the output decides, got '
             f'alpha={alpha!r} and kink={kink}; use save="input"'
         )
     if number:
-        return _elu_jit(x, float(alpha), kink, save)
-    return _elu_array_jit(x, checked.fitting("elu", "alpha", alpha, x), kink)
+        return _elu_jit(x, checked.number("elu", "alpha", alpha), kink, save)
+    return _elu_array_jit(x, checked.fitting("elu", "alpha", alpha, x), kink, save)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _elu(x: Array, alpha: Array, kink: float, save: str) -> Array:
     wide = _widen(x)
-    return _cast(jnp.where(wide > 0, wide, _cast(alpha, wide) * _expm1(wide)), x)
+    return _cast(jnp.where(wide > 0, wide, _cast(_align(alpha, x), wide) * _expm1(wide)), x)
 
 
 @functools.partial(_elu.defjvp, symbolic_zeros=True)
@@ -283,23 +280,20 @@ def _elu_jvp(kink: float, save: str, primals: Any, tangents: Any) -> tuple[Array
             slope = jnp.where(_kept(x, y) > 0, jnp.ones_like(y), jnp.where(y >= 0, jnp.zeros_like(y), y) + alpha)
         else:
             # exp, as expm1 + 1 loses the derivative's digits from x = -4 on in bfloat16
-            slope = _cast(alpha, wide) * _exp(wide)
+            slope = _cast(_align(alpha, x), wide) * _exp(wide)
             slope = jnp.where(wide > 0, jnp.ones_like(slope), _at_kink(x, kink, slope))
         # rounded before the product, so that a scan over layers keeps the slope in 16 bits
         t = _cast(slope, x) * g
     if type(h) is not SymbolicZero:
         # expm1 of the negative side, by the function whose derivative is stated; h is masked as in prelu's rule
         e = _elu(jnp.where(wide > 0, jnp.zeros_like(wide), wide), jnp.ones_like(alpha), 0.0, "input")
+        h = _align(h, x)
         t += _cast(e * _cast(jnp.where(wide > 0, jnp.zeros_like(h), h), wide), x)
     return y, t
 
 
-def _elu_array(x: Array, alpha: Array, kink: float) -> Array:
-    return _elu(x, _align(alpha, x, None), kink, "input")
-
-
 _elu_jit = _jit(_elu, "elu", (1, 2, 3))
-_elu_array_jit = _jit(_elu_array, "elu", 2)
+_elu_array_jit = _jit(_elu, "elu", (2, 3))
 
 
 def relu6(x: ArrayLike, *, kink: float = 0.0) -> Array:
@@ -340,6 +334,7 @@ def _relu6(x: Array, kink: float) -> Array:
 def _relu6_jvp(kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x,), (g,) = primals, tangents
     y = _relu6(x, kink)
+    # two bounds on y, which XLA does not turn into bounds on x; a TPU takes no more memory for them either
     return y, jnp.where((y > 0) & (y < 6), g, _only_at_kink((x == 0) | (x == 6), kink, g))
 
 
@@ -430,7 +425,7 @@ def _cast(x: Array, like: Array) -> Array:
     return x if x.weak_type else like.at[...].set(x)
 
 
-def _align(parameter: Array, x: Array, axis: int | None) -> Array:
+def _align(parameter: Array, x: Array, axis: int | None = None) -> Array:
     """Returns parameter in float32 or wider, with as many axes as x."""
     wide = _widen(parameter) if jnp.issubdtype(parameter.dtype, jnp.floating) else parameter.astype(jnp.float32)
     shape = [1] * x.ndim

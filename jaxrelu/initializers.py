@@ -57,7 +57,8 @@ def gain(activation: Callable[[Array], Array], *, backward: bool = False) -> flo
         function: Callable[[Array], Array] = jax.jit(jax.grad(activation) if backward else activation)
 
         def integrand(z: float) -> float:
-            return float(function(jnp.float64(z))) ** 2 * math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+            # the density's root on each factor, as f^2 may overflow where the product does not
+            return (float(function(jnp.float64(z))) * math.exp(-z * z / 4)) ** 2 / math.sqrt(2 * math.pi)
 
         # beyond 40 standard deviations the density is below 1e-347
         moment = _quad(integrand, -40.0, 40.0, points=[0.0, 6.0], limit=500, epsabs=0.0, epsrel=1e-12)[0]

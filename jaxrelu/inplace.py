@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -28,63 +29,51 @@ from jaxrelu import functions
 
 def relu(x: Array, *, kink: float = 0.0) -> Array:
     """`jaxrelu.relu` in the buffer of `x`. Raises TypeError for an `x` that is not a JAX array."""
-    return _run(_buffer("relu", x), (), functions.relu, {"kink": kink})
+    return _run(functions.relu, x, kink=kink)
 
 
 def leaky_relu(x: Array, negative_slope: ArrayLike = 0.01, *, kink: float = 0.0) -> Array:
     """`jaxrelu.leaky_relu` in the buffer of `x`. Raises TypeError for an `x` that is not a JAX array of floats."""
-    x = _buffer("leaky_relu", x, floating=True)
-    if isinstance(negative_slope, (int, float)):
-        return _run(x, (), functions.leaky_relu, {"negative_slope": negative_slope, "kink": kink})
-    return _run(
-        x,
-        (negative_slope,),
-        functions.leaky_relu,
-        {"kink": kink},
-    )
+    return _run(functions.leaky_relu, x, negative_slope, kink=kink)
 
 
 def prelu(x: Array, negative_slope: ArrayLike, *, axis: int | None = None, kink: float = 0.0) -> Array:
     """`jaxrelu.prelu` in the buffer of `x`. Raises TypeError for an `x` that is not a JAX array of floats."""
-    x = _buffer("prelu", x, floating=True)
-    return _run(x, (negative_slope,), functions.prelu, {"axis": axis, "kink": kink})
+    return _run(functions.prelu, x, negative_slope, axis=axis, kink=kink)
 
 
 def elu(x: Array, alpha: ArrayLike = 1.0, *, kink: float = 0.0, save: Literal["input", "output"] = "input") -> Array:
     """`jaxrelu.elu` in the buffer of `x`. Raises TypeError for an `x` that is not a JAX array of floats."""
-    x = _buffer("elu", x, floating=True)
-    if isinstance(alpha, (int, float)):
-        return _run(x, (), functions.elu, {"alpha": alpha, "kink": kink, "save": save})
-    return _run(x, (alpha,), functions.elu, {"kink": kink, "save": save})
+    return _run(functions.elu, x, alpha, kink=kink, save=save)
 
 
 def relu6(x: Array, *, kink: float = 0.0) -> Array:
     """`jaxrelu.relu6` in the buffer of `x`. Raises TypeError for an `x` that is not a JAX array."""
-    return _run(_buffer("relu6", x), (), functions.relu6, {"kink": kink})
+    return _run(functions.relu6, x, kink=kink)
 
 
-def _run(x: Array, arrays: tuple[ArrayLike, ...], function: Callable[..., Array], options: dict[str, Any]) -> Array:
-    """Returns function(x, *arrays, **options) in the buffer of x."""
-    if any(type(value).__hash__ is None for value in options.values()):
-        return function(x, *arrays, **options)  # refuses the value with a message of its own
-    return _donating(x, arrays, function, tuple(options.items()))
+def _run(function: Callable[..., Array], x: Any, *parameter: Any, **options: Any) -> Array:
+    """Returns function(x, *parameter, **options) in the buffer of x, if x is a JAX array of the output's size."""
+    name, floats = function.__name__, function not in (functions.relu, functions.relu6)
+    if not isinstance(x, Array) or (floats and jnp.issubdtype(x.dtype, jnp.integer)):
+        got = f"{x.dtype} array" if isinstance(x, Array) else type(x).__name__
+        raise TypeError(
+            f"inplace.{name}: x must be a JAX array{' of floats' if floats else ''}, as the output takes over its buffer, "
+            f"got {got}; use jaxrelu.{name}"
+        )
+    # all but arrays is static, so that the function sees numbers as numbers and refuses what it does not take
+    static = tuple(value for value in parameter if not hasattr(value, "shape") or isinstance(value, np.generic))
+    try:
+        hash((static, *options.values()))
+    except TypeError:
+        return function(x, *parameter, **options)  # refuses it with a message of its own
+    return _donating(x, parameter[len(static) :], function, static, tuple(options.items()))
 
 
 def _apply(
-    x: Array, arrays: tuple[ArrayLike, ...], function: Callable[..., Array], options: tuple[tuple[str, Any], ...]
+    x: Array, arrays: tuple[Any, ...], function: Callable[..., Array], static: tuple[Any, ...], options: tuple[Any, ...]
 ) -> Array:
-    return function(x, *arrays, **dict(options))
+    return function(x, *static, *arrays, **dict(options))
 
 
-_donating: Callable[..., Array] = jax.jit(_apply, static_argnums=(2, 3), donate_argnums=0)
-
-
-def _buffer(function: str, x: Any, *, floating: bool = False) -> Array:
-    """Returns x if it is a JAX array whose buffer the output can take over."""
-    if isinstance(x, Array) and not (floating and jnp.issubdtype(x.dtype, jnp.integer)):
-        return x
-    got = f"{x.dtype} array" if isinstance(x, Array) else type(x).__name__
-    kind = "a JAX array of floats" if floating else "a JAX array"
-    raise TypeError(
-        f"inplace.{function}: x must be {kind}, as the output takes over its buffer, got {got}; use jaxrelu.{function}"
-    )
+_donating: Callable[..., Array] = jax.jit(_apply, static_argnums=(2, 3, 4), donate_argnums=0)

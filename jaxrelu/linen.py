@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -52,7 +51,8 @@ class PReLU(nn.Module):
         kink: where the derivative at 0 lies between the two sides.
 
     Raises:
-        TypeError: `num_parameters` is no positive int.
+        TypeError: `num_parameters` is no positive int, or `dtype` or `param_dtype` no float dtype; or, in the call,
+            `negative_slope_init` is neither a number nor an initializer.
         ValueError: the input's size along `axis` is not `num_parameters`; raised by the call.
 
     Examples:
@@ -71,14 +71,12 @@ class PReLU(nn.Module):
     kink: float = 0.0
 
     def __post_init__(self) -> None:
-        _prelu.parameter_shape(self.num_parameters)
+        _prelu.parameter_shape(self.num_parameters, dtype=self.dtype, param_dtype=self.param_dtype)
         super().__post_init__()
 
     @nn.compact
     def __call__(self, x: ArrayLike) -> Array:
-        init = self.negative_slope_init
-        if not callable(init):
-            init = jax.nn.initializers.constant(init)
+        init = _prelu.initializer(self.negative_slope_init)
         slope = self.param("negative_slope", init, _prelu.parameter_shape(self.num_parameters), self.param_dtype)
         return _prelu.apply(x, slope, self.axis, self.dtype, self.kink)
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -58,7 +57,8 @@ class PReLU(nnx.Module):
         rngs: needed only by a random `negative_slope_init`; its stream is "params".
 
     Raises:
-        TypeError: `num_parameters` is no positive int, or `negative_slope_init` needs a key and `rngs` is None.
+        TypeError: `num_parameters` is no positive int, `dtype` or `param_dtype` no float dtype, `negative_slope_init`
+            neither a number nor an initializer, or it needs a key and `rngs` is None.
         ValueError: the input's size along `axis` is not `num_parameters`; raised by the call.
 
     Examples:
@@ -80,12 +80,11 @@ class PReLU(nnx.Module):
         negative_slope_metadata: Mapping[str, Any] = MappingProxyType({}),
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        shape = _prelu.parameter_shape(num_parameters)
-        if not callable(negative_slope_init):
-            negative_slope_init = jax.nn.initializers.constant(negative_slope_init)
+        shape = _prelu.parameter_shape(num_parameters, dtype=dtype, param_dtype=param_dtype)
+        init = _prelu.initializer(negative_slope_init)
         key: Any = None if rngs is None else rngs.params()
         try:
-            slope = negative_slope_init(key, shape, param_dtype)
+            slope = init(key, shape, param_dtype)
         except TypeError as error:
             if rngs is not None:
                 raise

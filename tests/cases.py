@@ -127,6 +127,15 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 
 
+def derivative(function, x):
+    """Returns the derivative at each number, after checking that forward and reverse mode agree bitwise."""
+    ones = jnp.ones_like(x)
+    _, forward = jax.jvp(function, (x,), (ones,))
+    (reverse,) = jax.vjp(function, x)[1](ones)
+    assert np.asarray(forward).tobytes() == np.asarray(reverse).tobytes()
+    return forward
+
+
 def assert_ulps(actual: jax.Array, exact: np.ndarray, ulps: float) -> None:
     """Asserts that actual lies within ulps of exact (units in the last place of the exact number, in actual's dtype).
 

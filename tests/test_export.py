@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from cases import CASES
+from cases import each_case
 
 X = jnp.array([[-7.0, -1.5, -0.0, 0.0, 0.25], [3.0, 6.0, 6.5, 20.0, -20.0], [-0.3, 5.9, 1.0, -3.0, 2.0]], jnp.float32)
 V = jnp.linspace(-2.0, 3.0, X.size, dtype=jnp.float32).reshape(X.shape)
@@ -33,7 +33,7 @@ def vmap(f):
 
 
 @pytest.mark.parametrize("transform", [value, gradient, jvp, hvp, vmap], ids=lambda t: t.__name__)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@each_case
 def test_exports_for_every_platform(case, transform):
     function = jax.jit(transform(case.function))
     exported = export.export(function, platforms=("cpu", "cuda", "rocm", "tpu"))(X, V)

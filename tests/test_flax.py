@@ -104,7 +104,7 @@ def test_partitioning_metadata():
     chex.assert_trees_all_equal(
         jaxrelu.linen.PReLU(5, negative_slope_init=init).apply(variables, X), jaxrelu.prelu(X, jnp.full((5,), 0.1))
     )
-    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((5,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh):
         modern = jaxrelu.nnx.PReLU(5, negative_slope_metadata={"out_sharding": ("model",)})
     assert modern.negative_slope.get_metadata()["out_sharding"] == ("model",)
@@ -125,6 +125,25 @@ def test_prelu_refuses(package):
             ValueError, match=r"PReLU: num_parameters=. must be the size of the input's axis .*\(2, 3, 4, 5\)"
         ):
             run(package.PReLU(**options))
+    for options, message in (
+        ({"negative_slope_init": None}, "negative_slope_init must be a real number"),
+        ({"param_dtype": "foo"}, "param_dtype must be a float dtype, got 'foo'"),
+        ({"param_dtype": jnp.int32}, "param_dtype must be a float dtype"),
+        ({"dtype": jnp.int32}, "dtype must be a float dtype"),
+    ):
+        with pytest.raises(TypeError, match=f"PReLU: {message}"):
+            run(package.PReLU(**options))
+    with pytest.raises(TypeError, match="prelu: axis must be an int or None"):
+        run(package.PReLU(5, axis=1.5))
+    module = package.PReLU(dtype=jnp.float32)
+    call = (
+        functools.partial(module.apply, {"params": {"negative_slope": jnp.float32(0.25)}})
+        if package is jaxrelu.linen
+        else module
+    )
+    for bad in (np.array([True]), 1j * X, [1.0]):
+        with pytest.raises(TypeError, match="PReLU: x must be a real number or an array"):
+            call(bad)
 
 
 @each_case

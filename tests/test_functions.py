@@ -14,23 +14,12 @@ import numpy as np
 import pytest
 from jax.experimental import jet
 from jax.experimental import pallas as pl
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import jaxrelu
 
-from cases import CASES, Case, assert_ulps, each_case, each_dtype, exp, expm1
+from cases import CASES, Case, assert_ulps, derivative, each_case, each_dtype, exp, expm1
 
 POINTS = [-np.inf, -5.0, -1.75, -0.0, 0.0, 1.6, 2.5, 6.0, 7.0, np.inf, np.nan]
-
-
-def derivative(function, x):
-    """Returns the derivative at each number, after checking that forward and reverse mode agree bitwise."""
-    ones = jnp.ones_like(x)
-    _, forward = jax.jvp(function, (x,), (ones,))
-    (reverse,) = jax.vjp(function, x)[1](ones)
-    assert np.asarray(forward).tobytes() == np.asarray(reverse).tobytes()
-    return forward
 
 
 def with_exact(x):
@@ -110,12 +99,12 @@ def test_elu_alpha(alpha, array):
     slope = np.where(exact > 0, 1.0, rounded * exp(np.minimum(exact, 0)))
     slope[np.isnan(x)] = np.nan
     kept = ~(np.abs(slope) < 2 * alpha * np.finfo(np.float32).tiny)  # exp(x) may be flushed before alpha scales it up
-    assert_ulps(derivative(function, jnp.asarray(x))[kept], slope[kept], 2.5)
+    assert_ulps(derivative(function, jnp.asarray(x))[kept], slope[kept], 2.0)
     assert (derivative(function, jnp.asarray(x))[~kept] < 1e-37).all()
 
 
-@pytest.mark.parametrize(("dtype", "zero_below"), [(jnp.bfloat16, -6.25), (jnp.float16, -8.32), (jnp.float32, -17.5)])
-@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize(("dtype", "zero_below"), [(jnp.bfloat16, -6.25), (jnp.float16, -8.32), (jnp.float32, -17.0)])
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 1.7])
 def test_elu_save_output(dtype, zero_below, alpha):
     x = jnp.asarray(np.linspace(-30, 3, 40_001), dtype)
     function = functools.partial(jaxrelu.elu, alpha=alpha, save="output")
@@ -124,12 +113,13 @@ def test_elu_save_output(dtype, zero_below, alpha):
     slope = np.asarray(derivative(function, x)).astype(np.float64)
     expected = np.where(exact > 0, 1.0, alpha * exp(np.minimum(exact, 0)))
     assert np.abs(slope - expected).max() <= alpha * float(jnp.finfo(dtype).eps)
-    assert (slope[exact < zero_below] == 0).all()
+    if alpha != 1.7:  # alpha * expm1(x) rounds to -alpha there
+        assert (slope[exact < zero_below] == 0).all()
 
 
 @pytest.mark.parametrize("length", [*range(1, 41), 1000])
 def test_elu_gives_the_same_bits_at_every_length(length):
-    x = jnp.float32(-np.random.default_rng(1).exponential(2, 1000))
+    x = jnp.float32(-np.random.default_rng(1).exponential(2, 4099))
     whole, slopes = jaxrelu.elu(x), derivative(jaxrelu.elu, x)
     chex.assert_trees_all_equal(jaxrelu.elu(x[:length]), whole[:length])
     chex.assert_trees_all_equal(derivative(jaxrelu.elu, x[:length]), slopes[:length])
@@ -352,165 +342,6 @@ def test_inside_a_pallas_kernel(case: Case):
 @each_case
 def test_jet(case: Case):
     jet.jet(case.function, (jnp.float32(1.5),), ((jnp.float32(1.0), jnp.float32(0.0)),))
-
-
-@each_case
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("spec", [P("d"), P(None, "d"), P(None, None, "d")], ids=["rows", "columns", "last"])
-def test_sharding_needs_no_collective(case: Case, axis_type, spec):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
-    with jax.set_mesh(mesh):
-        x = jax.device_put(jnp.float32(np.random.default_rng(0).normal(size=(16, 8, 24))), NamedSharding(mesh, spec))
-        step = jax.jit(lambda x, g: jax.vjp(case.function, x)[1](g)[0])
-        text = step.lower(x, x).compile().as_text()
-        assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
-        assert step(x, x).sharding.is_equivalent_to(x.sharding, x.ndim)
-    slope = derivative(case.function, jnp.asarray(np.asarray(x)))
-    np.testing.assert_allclose(np.asarray(step(x, x)), np.asarray(x) * np.asarray(slope), rtol=1e-6)
-
-
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_prelu_of_a_sharded_axis(axis_type):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
-    x, slope = np.random.default_rng(0).normal(size=(3, 24, 5)).astype(np.float32), np.linspace(0, 1, 24, dtype=np.float32)
-    with jax.set_mesh(mesh):
-        sharded = jax.device_put(x, NamedSharding(mesh, P(None, "d")))
-        slopes = jax.device_put(slope, NamedSharding(mesh, P("d")))
-        y = jax.jit(functools.partial(jaxrelu.prelu, axis=1))(sharded, slopes)
-        replicated = jax.jit(functools.partial(jaxrelu.prelu, axis=1))(sharded, slope)
-    chex.assert_trees_all_equal(np.asarray(y), np.asarray(replicated), np.where(x > 0, x, slope[:, None] * x))
-
-
-# dtypes and refusals
-
-
-@each_case
-@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2], ids=["e4m3fn", "e5m2"])
-def test_8_bit_floats(case: Case, dtype):
-    x = np.arange(256, dtype=np.uint8).view(dtype)
-    finite = np.isfinite(x.astype(np.float32))
-    exact = x.astype(np.float64)[finite]
-    y = case.function(jnp.asarray(x))
-    assert y.dtype == dtype
-    assert_ulps(y[finite], case.value(exact), case.ulps)
-    slope = derivative(case.function, jnp.asarray(x))
-    assert slope.dtype == dtype
-    assert_ulps(slope[finite], case.slope(exact), case.slope_ulps)
-
-
-@each_case
-@each_dtype
-def test_result_has_the_dtype_of_x(case: Case, dtype):
-    with jax.enable_x64(True):
-        x = jnp.ones((2, 3), dtype)
-        assert case.function(x).dtype == dtype
-        if case.name in ("leaky_relu", "prelu", "elu"):
-            function = getattr(jaxrelu, case.name)
-            for other in (jnp.float16, jnp.float32, jnp.float64, jnp.int32):
-                assert function(x, jnp.ones(3, other)).dtype == dtype
-                assert jax.jit(function)(x, jnp.ones((), other)).dtype == dtype
-
-
-@each_case
-@pytest.mark.parametrize("x64", [False, True])
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint32, jnp.int4])
-def test_integers(case: Case, dtype, x64):
-    with jax.enable_x64(x64):
-        x = np.array([0, 3, 7], dtype)
-        y = case.function(x)
-        assert y.dtype == (dtype if case.name in ("relu", "relu6") else jnp.result_type(float))
-        assert not y.weak_type
-        assert y.tolist() == [0, 3, min(7, case.top)]
-        if np.issubdtype(dtype, np.signedinteger):
-            low = case.function(np.array([-100], dtype)).tolist()
-            np.testing.assert_allclose(low, case.inactive(np.array([-100.0])))
-
-
-@each_case
-def test_python_numbers_are_weakly_typed(case: Case):
-    for x in (2.5, 2, -1.5):
-        y = case.function(x)
-        assert y.weak_type
-        assert jax.jit(case.function)(x).weak_type
-        np.testing.assert_allclose(y, case.value(np.array([float(x)]))[0], rtol=1e-6)
-    assert case.function(2).dtype == (jnp.int32 if case.name in ("relu", "relu6") else jnp.float32)
-    assert case.function(np.float32(2.5)).weak_type is False
-    assert case.function(np.array([1.5])).tolist() == [1.5]
-
-
-@each_case
-def test_empty_arrays(case: Case):
-    assert case.function(jnp.zeros((0, 3))).shape == (0, 3)
-
-
-@each_case
-def test_integer_tangents(case: Case):
-    x = jnp.array([-2, 0, 3])
-    _, tangent = jax.jvp(case.function, (x,), (np.zeros(3, jax.dtypes.float0),))
-    assert tangent.dtype == (jax.dtypes.float0 if case.name in ("relu", "relu6") else jnp.float32)
-
-
-@each_case
-@pytest.mark.parametrize(
-    "x",
-    [True, 1j, None, "1", [1.0], (1.0,), {}, np.array([True]), np.array([1j]), np.array(["a"]), jax.random.key(0), object()],
-    ids=lambda x: type(x).__name__,
-)
-def test_x_that_is_no_real_array_is_refused(case: Case, x):
-    with pytest.raises(
-        TypeError, match=rf"{case.name}: x must be a real number or an array of floats or integers, got .+; "
-    ):
-        case.function(x)
-
-
-@each_case
-@pytest.mark.parametrize("kink", [None, "0", True, 1j, jnp.float32(0), [0.0]], ids=lambda kink: type(kink).__name__)
-def test_kink_of_a_wrong_type_is_refused(case: Case, kink):
-    with pytest.raises(TypeError, match=f"{case.name}: kink must be a Python number"):
-        case.function(1.0, kink=kink)
-
-
-@each_case
-@pytest.mark.parametrize("kink", [np.nan, np.inf, -np.inf])
-def test_kink_that_is_not_finite_is_refused(case: Case, kink):
-    with pytest.raises(ValueError, match=f"{case.name}: kink must be finite, got "):
-        case.function(1.0, kink=kink)
-
-
-@pytest.mark.parametrize(
-    ("name", "argument"), [("leaky_relu", "negative_slope"), ("prelu", "negative_slope"), ("elu", "alpha")]
-)
-def test_parameter_is_refused(name, argument):
-    function, x = getattr(jaxrelu, name), jnp.ones((2, 3))
-    for bad in (None, "a", True, 1j, [0.1], np.array([True])):
-        with pytest.raises(TypeError, match=f"{name}: {argument} must be a real number"):
-            function(x, bad)
-    for bad in (np.ones(2), np.ones((2, 1, 3)), np.ones((3, 3)), np.ones((0,))):
-        with pytest.raises(ValueError, match=rf"{name}: {argument} of shape \(.*\) must broadcast to x of shape \(2, 3\); "):
-            function(x, bad)
-        with pytest.raises(ValueError, match="must broadcast"):  # at trace time
-            jax.eval_shape(function, x, bad)
-
-
-def test_prelu_axis_is_refused():
-    x = jnp.ones((2, 3))
-    with pytest.raises(ValueError, match=r"prelu: axis 2 is out of range for x of shape \(2, 3\)"):
-        jaxrelu.prelu(x, np.ones(3), axis=2)
-    with pytest.raises(ValueError, match=r"prelu: with axis=0, negative_slope must be a scalar or have shape \(2,\)"):
-        jaxrelu.prelu(x, np.ones(3), axis=0)
-    with pytest.raises(ValueError, match=r"prelu: with axis=1"):
-        jaxrelu.prelu(x, np.ones((2, 3)), axis=1)
-    for bad in ("0", 1.0, True, (0,)):
-        with pytest.raises(TypeError, match="prelu: axis must be an int or None"):
-            jaxrelu.prelu(x, np.ones(3), axis=bad)
-
-
-def test_elu_save_is_refused():
-    with pytest.raises(ValueError, match="elu: save must be"):
-        jaxrelu.elu(1.0, save="both")
-    for bad in ({"alpha": -1.0}, {"alpha": 0}, {"alpha": jnp.float32(1)}, {"kink": 0.5}, {"alpha": np.nan}):
-        with pytest.raises(ValueError, match='elu: save="output" needs a positive Python number as alpha and kink 0'):
-            jaxrelu.elu(1.0, save="output", **bad)
 
 
 @contextlib.contextmanager

@@ -1,3 +1,5 @@
+import fractions
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -52,9 +54,20 @@ def test_arguments_are_those_of_the_functions():
     slopes = jnp.float32([0.1, 0.2, 0.3])
     calls = {
         "relu": [({}, ()), ({"kink": 0.5}, ())],
-        "leaky_relu": [({"negative_slope": 0.1}, ()), ({}, (slopes[:, None],)), ({"kink": 1.0}, (0.3,))],
+        "leaky_relu": [
+            ({"negative_slope": 0.1}, ()),
+            ({}, (slopes[:, None],)),
+            ({"kink": 1.0}, (0.3,)),
+            ({}, (np.float32(0.1),)),
+            ({}, (fractions.Fraction(1, 3),)),
+        ],
         "prelu": [({"axis": 0}, (slopes,)), ({}, (0.5,))],
-        "elu": [({"alpha": 0.5}, ()), ({"save": "output"}, ()), ({}, (slopes[:, None],)), ({"kink": 0.5}, (2,))],
+        "elu": [
+            ({"alpha": 0.5}, ()),
+            ({"save": "output"}, (np.float32(0.5),)),
+            ({}, (slopes[:, None],)),
+            ({"kink": 0.5}, (2,)),
+        ],
         "relu6": [({"kink": 2}, ())],
     }
     for name, forms in calls.items():
@@ -84,3 +97,9 @@ def test_errors_are_those_of_the_functions():
         inplace.relu(jnp.ones(3), kink=[0.0])
     with pytest.raises(ValueError, match="prelu: axis 2 is out of range"):
         inplace.prelu(jnp.ones(3), jnp.ones(3), axis=2)
+    with pytest.raises(TypeError, match="prelu: axis must be an int or None"):
+        inplace.prelu(jnp.ones(3), jnp.ones(3), axis=([1],))
+    with pytest.raises(TypeError, match="leaky_relu: negative_slope must be a real number"):
+        inplace.leaky_relu(jnp.ones(3), "a")
+    with pytest.raises(ValueError, match="elu: save must be"):
+        inplace.elu(jnp.ones(3), save=["output"])

@@ -1,0 +1,148 @@
+"""Which dtype comes out, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxrelu
+
+from cases import Case, assert_ulps, derivative, each_case, each_dtype
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2], ids=["e4m3fn", "e5m2"])
+def test_8_bit_floats(case: Case, dtype):
+    x = np.arange(256, dtype=np.uint8).view(dtype)
+    finite = np.isfinite(x.astype(np.float32))
+    exact = x.astype(np.float64)[finite]
+    y = case.function(jnp.asarray(x))
+    assert y.dtype == dtype
+    assert_ulps(y[finite], case.value(exact), case.ulps)
+    slope = derivative(case.function, jnp.asarray(x))
+    assert slope.dtype == dtype
+    assert_ulps(slope[finite], case.slope(exact), case.slope_ulps)
+
+
+@each_case
+@each_dtype
+def test_result_has_the_dtype_of_x(case: Case, dtype):
+    with jax.enable_x64(True):
+        x = jnp.ones((2, 3), dtype)
+        assert case.function(x).dtype == dtype
+        if case.name in ("leaky_relu", "prelu", "elu"):
+            function = getattr(jaxrelu, case.name)
+            for other in (jnp.float16, jnp.float32, jnp.float64, jnp.int32):
+                assert function(x, jnp.ones(3, other)).dtype == dtype
+                assert jax.jit(function)(x, jnp.ones((), other)).dtype == dtype
+
+
+@each_case
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint32, jnp.int4])
+def test_integers(case: Case, dtype, x64):
+    with jax.enable_x64(x64):
+        x = np.array([0, 3, 7], dtype)
+        y = case.function(x)
+        assert y.dtype == (dtype if case.name in ("relu", "relu6") else jnp.result_type(float))
+        assert not y.weak_type
+        assert y.tolist() == [0, 3, min(7, case.top)]
+        if np.issubdtype(dtype, np.signedinteger):
+            low = case.function(np.array([-100], dtype)).tolist()
+            np.testing.assert_allclose(low, case.inactive(np.array([-100.0])))
+
+
+@each_case
+def test_python_numbers_are_weakly_typed(case: Case):
+    for x in (2.5, 2, -1.5):
+        y = case.function(x)
+        assert y.weak_type
+        assert jax.jit(case.function)(x).weak_type
+        np.testing.assert_allclose(y, case.value(np.array([float(x)]))[0], rtol=1e-6)
+    assert case.function(2).dtype == (jnp.int32 if case.name in ("relu", "relu6") else jnp.float32)
+    assert case.function(np.float32(2.5)).weak_type is False
+    assert case.function(np.array([1.5])).tolist() == [1.5]
+
+
+@each_case
+def test_empty_arrays(case: Case):
+    assert case.function(jnp.zeros((0, 3))).shape == (0, 3)
+
+
+@each_case
+def test_integer_tangents(case: Case):
+    x = jnp.array([-2, 0, 3])
+    _, tangent = jax.jvp(case.function, (x,), (np.zeros(3, jax.dtypes.float0),))
+    assert tangent.dtype == (jax.dtypes.float0 if case.name in ("relu", "relu6") else jnp.float32)
+
+
+@each_case
+@pytest.mark.parametrize(
+    "x",
+    [
+        *(True, 1j, None, "1", [1.0], (1.0,), {}, np.array([True]), np.array([1j]), np.array(["a"]), jax.random.key(0)),
+        *(object(), np.ones(3, np.longdouble), np.longdouble(1), np.ones(3, "timedelta64[s]")),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_x_that_is_no_real_array_is_refused(case: Case, x):
+    with pytest.raises(
+        TypeError, match=rf"{case.name}: x must be a real number or an array of floats or integers, got .+; "
+    ):
+        case.function(x)
+
+
+@each_case
+@pytest.mark.parametrize("kink", [None, "0", True, 1j, jnp.float32(0), [0.0]], ids=lambda kink: type(kink).__name__)
+def test_kink_of_a_wrong_type_is_refused(case: Case, kink):
+    with pytest.raises(TypeError, match=f"{case.name}: kink must be a Python number"):
+        case.function(1.0, kink=kink)
+
+
+@each_case
+@pytest.mark.parametrize("kink", [np.nan, np.inf, -np.inf])
+def test_kink_that_is_not_finite_is_refused(case: Case, kink):
+    with pytest.raises(ValueError, match=f"{case.name}: kink must be finite, got "):
+        case.function(1.0, kink=kink)
+
+
+def test_numbers_too_large_for_a_float_are_refused():
+    for name, argument in (("relu", "kink"), ("leaky_relu", "negative_slope"), ("elu", "alpha")):
+        with pytest.raises(ValueError, match=f"{name}: {argument} must be less than 2\\^1024"):
+            getattr(jaxrelu, name)(1.0, **{argument: 10**400})
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [("leaky_relu", "negative_slope"), ("prelu", "negative_slope"), ("elu", "alpha")]
+)
+def test_parameter_is_refused(name, argument):
+    function, x = getattr(jaxrelu, name), jnp.ones((2, 3))
+    for bad in (None, "a", True, 1j, [0.1], np.array([True])):
+        with pytest.raises(TypeError, match=f"{name}: {argument} must be a real number"):
+            function(x, bad)
+    for bad in (np.ones(2), np.ones((2, 1, 3)), np.ones((3, 3)), np.ones((0,))):
+        with pytest.raises(ValueError, match=rf"{name}: {argument} of shape \(.*\) must broadcast to x of shape \(2, 3\); "):
+            function(x, bad)
+        with pytest.raises(ValueError, match="must broadcast"):  # at trace time
+            jax.eval_shape(function, x, bad)
+
+
+def test_prelu_axis_is_refused():
+    x = jnp.ones((2, 3))
+    with pytest.raises(ValueError, match=r"prelu: axis 2 is out of range for x of shape \(2, 3\)"):
+        jaxrelu.prelu(x, np.ones(3), axis=2)
+    with pytest.raises(ValueError, match=r"prelu: with axis=0, negative_slope must be a scalar or have shape \(2,\)"):
+        jaxrelu.prelu(x, np.ones(3), axis=0)
+    with pytest.raises(ValueError, match=r"prelu: with axis=1"):
+        jaxrelu.prelu(x, np.ones((2, 3)), axis=1)
+    for bad in ("0", 1.0, True, (0,)):
+        with pytest.raises(TypeError, match="prelu: axis must be an int or None"):
+            jaxrelu.prelu(x, np.ones(3), axis=bad)
+
+
+def test_elu_save_is_refused():
+    with pytest.raises(ValueError, match="elu: save must be"):
+        jaxrelu.elu(1.0, save="both")
+    for bad in ({"alpha": -1.0}, {"alpha": 0}, {"alpha": jnp.float32(1)}, {"kink": 0.5}, {"alpha": np.nan}):
+        with pytest.raises(ValueError, match='elu: save="output" needs a positive Python number as alpha and kink 0'):
+            jaxrelu.elu(1.0, save="output", **bad)
