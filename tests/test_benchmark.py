@@ -9,15 +9,7 @@ from jaxrelu.benchmark import cli, timing
 
 TINY = ["--quick", "--sizes=48,96", "--batch=128", "--width=256", "--layers=2", "--activations=relu,prelu"]
 FIELDS = {"activation", "peer", "what", "network", "dtype", "size", "spread", "device", "versions", "date"}
-PEERS = {"jaxrelu", "jax.nn", "flax", "torch", "copy", "identity", "jax.nn+checkpoint", "flax+checkpoint", "jax"}
-
-
-@pytest.fixture(autouse=True)
-def fast(monkeypatch):
-    """Runs no child process, and promotes as Optax and Flax want it."""
-    monkeypatch.setattr(timing, "_child", lambda code, **environment: "3")
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+PEERS = {"jaxrelu", "jax.nn", "flax", "torch", "copy", "identity", "jax.nn+checkpoint", "flax+checkpoint", "jax", "step"}
 
 
 def lines(path):
@@ -28,7 +20,7 @@ def lines(path):
 def measured(tmp_path_factory):
     """Returns the file of one tiny run."""
     path = tmp_path_factory.mktemp("benchmark") / "lines.jsonl"
-    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "_child", lambda code, **environment: "3")
         assert cli.main([*TINY, f"--json={path}"]) == 0
     return path
@@ -46,7 +38,7 @@ def test_every_line_is_one_whole_measurement(measured):
 
 def test_each_kind_is_measured(measured):
     records = lines(measured)
-    kinds = {"memory", "forward", "gradient", "inplace", "eager", "step", "resident", "import"}
+    kinds = {"memory", "forward", "gradient", "inplace", "eager", "step", "observed 1/1", "resident", "import"}
     assert {record["what"] for record in records} - {"saved"} == kinds
     forward = {(r["activation"], r["peer"], r["size"]) for r in records if r["what"] == "forward"} - {
         (activation, "torch", size) for activation in ("relu", "prelu") for size in (48, 96)
@@ -131,10 +123,20 @@ def test_wrong_options_are_one_line(arguments, words, capsys, tmp_path, monkeypa
 
 def test_a_line_that_is_no_measurement_is_refused(tmp_path, capsys):
     path = tmp_path / "lines.jsonl"
-    path.write_text('{"what": "memory"}\n')
+    whole = dict.fromkeys(FIELDS | {"temp_bytes"})
+    for missing in (*FIELDS, "temp_bytes"):
+        path.write_text(json.dumps({name: whole[name] for name in whole if name != missing}) + "\n")
+        with pytest.raises(SystemExit):
+            cli.main([f"--from={path}"])
+        assert "line 1 is no measurement" in capsys.readouterr().err
+
+
+def test_a_plot_without_memory_is_refused(measured, tmp_path, capsys):
+    path = tmp_path / "times.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in lines(measured) if record["what"] != "memory"))
     with pytest.raises(SystemExit):
-        cli.main([f"--from={path}"])
-    assert "line 1 is no measurement" in capsys.readouterr().err
+        cli.main([f"--from={path}", f"--plot={tmp_path / 'memory.png'}"])
+    assert "hold no measurement of memory" in capsys.readouterr().err
 
 
 def test_a_missing_part_is_one_line():

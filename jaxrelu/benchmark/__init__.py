@@ -14,6 +14,8 @@ A line of JSON is one measurement, of one of these (`what`):
     inplace     `jaxrelu.inplace`
     eager       a call outside jit
     step        an Adam step of a 6-layer mlp
+    observed    the same under `diagnostics.observe` in every step (1/1) or in one of 20 (1/20, the time of 20 steps), beside
+                the peer step: as many without
     resident    growth of the peak resident set by one step of a 12-layer mlp, in a process of its own
     import      `import jaxrelu` and `import jax`, each in a process of its own
 

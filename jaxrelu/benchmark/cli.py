@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_LOG_DIR": "disabled",
 }
+_FIELDS = frozenset(("device", "what", "network", "activation", "peer", "dtype", "size", "spread", "versions", "date"))
 _PROGRAM = "jaxrelu.benchmark"
 
 
@@ -95,7 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem := _problem(options):
         parser.error(problem)
     if options.sources:
-        return _show([json.loads(line) for path in options.sources for line in path.read_text().splitlines()], options.plot)
+        kept = [json.loads(line) for path in options.sources for line in path.read_text().splitlines()]
+        if options.plot is not None and not any(record["what"] == "memory" for record in kept):
+            parser.error("--plot: the files of --from hold no measurement of memory")
+        return _show(kept, options.plot)
     if options.platform in AHEAD and any(os.environ.get(key) != text for key, text in ENVIRONMENT.items()):
         # jax is imported already, with this package
         given = sys.argv[1:] if arguments is None else arguments
@@ -157,7 +161,8 @@ def _unwritable(path: Path) -> str | None:
 def _unreadable(path: Path) -> str | None:
     try:
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            if not {"device", "what", "network", "activation", "peer", "dtype", "size"} <= json.loads(line).keys():
+            fields = json.loads(line).keys()
+            if not (fields >= _FIELDS and {"median_s", "temp_bytes"} & fields):
                 return f"line {number} is no measurement"
     except (OSError, ValueError, AttributeError) as error:
         return (error.strerror if isinstance(error, OSError) else None) or "not lines of JSON"
@@ -166,7 +171,7 @@ def _unreadable(path: Path) -> str | None:
 
 def _show(records: list[Measures], plot: Path | None) -> int:
     report.print_tables(records)
-    if plot is not None and any(record["what"] == "memory" for record in records):
+    if plot is not None:
         report.plot_memory(records, plot)
     return 0
 

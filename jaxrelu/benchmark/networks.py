@@ -101,7 +101,7 @@ def build(
     """Returns a network of NETWORKS.
 
     Args:
-        name: a key of NETWORKS.
+        name: one of NETWORKS.
         activation: of x and a slope.
         batch: of the dense networks.
         width: of the dense networks; the others have as many elements in an activation.
@@ -109,12 +109,9 @@ def build(
         layers: how many; the transformer has a quarter.
         expert: whether each layer stands under `jax.checkpoint(dots_saveable)`, the known remedy.
     """
-    if name == "linen":
-        return _linen_step(activation, batch, width, dtype, layers)
-    if name == "nnx":
-        return _nnx_step(activation, batch, width, dtype, layers)
-    kind = NETWORKS[name]
-    assert kind is not None
+    if name in _STEPS:
+        return _STEPS[name](activation, batch, width, dtype, layers)
+    kind = _KINDS[name]
     layer = functools.partial(kind.layer, activation)
     layer = _remat(layer) if expert else kind.wrap(layer)
     x, count = Shape((batch, width), dtype), layers
@@ -214,7 +211,7 @@ def _transformer_parameters(width: int, dtype: Any) -> tuple[Shape, ...]:
 
 
 _remat = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
-NETWORKS: dict[str, _Kind | None] = {
+_KINDS = {
     "mlp": _Kind(_dense, _dense_parameters),
     "residual": _Kind(_residual, _dense_parameters),
     "blocks": _Kind(_dense, _dense_parameters, jax.jit),
@@ -223,19 +220,17 @@ NETWORKS: dict[str, _Kind | None] = {
     "conv": _Kind(_conv, _conv_parameters),
     "conv_norm": _Kind(_conv_norm, _conv_norm_parameters),
     "transformer": _Kind(_transformer, _transformer_parameters),
-    "linen": None,
-    "nnx": None,
 }
 # where the expert's way is another network: dots_saveable keeps what matrix products return
 EXPERT = ("mlp", "residual", "transformer")
-_adam = optax.adam(1e-3)
+adam = optax.adam(1e-3)
 
 
 def adam_step(loss: Callable[..., Array]) -> Callable[..., Any]:
     """Returns a function of parameters, Adam's state and the input: one step of training."""
 
     def step(parameters: Any, state: Any, x: Array) -> Any:
-        updates, state = _adam.update(jax.grad(loss)(parameters, x), state, parameters)
+        updates, state = adam.update(jax.grad(loss)(parameters, x), state, parameters)
         return optax.apply_updates(parameters, updates), state
 
     return step
@@ -261,7 +256,7 @@ def _linen_step(activation: Activation, batch: int, width: int, dtype: Any, laye
         y: Any = model.apply(variables, x)
         return _mean_square(y)
 
-    return Network(adam_step(loss), (variables, jax.eval_shape(_adam.init, variables), x))
+    return Network(adam_step(loss), (variables, jax.eval_shape(adam.init, variables), x))
 
 
 class _NnxLayer(nnx.Module):
@@ -278,7 +273,7 @@ def _nnx_step(activation: Activation, batch: int, width: int, dtype: Any, layers
     def create() -> Any:
         rngs = nnx.Rngs(0)
         model = nnx.Sequential(*(_NnxLayer(activation, width, dtype, rngs) for _ in range(layers)))
-        return model, nnx.Optimizer(model, _adam, wrt=nnx.Param)
+        return model, nnx.Optimizer(model, adam, wrt=nnx.Param)
 
     def loss(model: Any, x: Array) -> Array:
         return _mean_square(model(x))
@@ -291,6 +286,10 @@ def _nnx_step(activation: Activation, batch: int, width: int, dtype: Any, layers
         return nnx.state((model, optimizer))
 
     return Network(step, (state, Shape((batch, width), dtype)))
+
+
+_STEPS = {"linen": _linen_step, "nnx": _nnx_step}
+NETWORKS = (*_KINDS, *_STEPS)
 
 
 class Target(NamedTuple):

@@ -60,6 +60,7 @@ class Plan:
                     yield f"{activation} {dtype} saved", self._saved(activation, dtype)
                 if on_cpu and Path("/proc/self/clear_refs").exists():
                     yield f"{activation} {dtype} resident", self._resident(activation, dtype)
+            yield f"observed {dtype}", self._observed(dtype)
         yield "import", self._import()
 
     def _memory(self, target: Target, network: str, dtype: str) -> Iterator[Measures]:
@@ -99,6 +100,13 @@ class Plan:
         batch, width = (512, 256) if self.quick else (2048, 512)
         common = {"activation": activation, "what": "step", "network": "mlp", "dtype": dtype, "size": batch * width}
         yield from _all_timed(common, timing.training_step(activation, dtype, batch, width, 5 * self._seconds))
+
+    def _observed(self, dtype: str) -> Iterator[Measures]:
+        batch, width = (512, 256) if self.quick else (2048, 512)
+        common = {"activation": "relu", "network": "mlp", "dtype": dtype, "size": batch * width}
+        for one_in in (1,) if self.quick else (1, 20):
+            times = timing.observed_step(dtype, batch, width, 5 * self._seconds, one_in)
+            yield from _all_timed(common | {"what": f"observed 1/{one_in}"}, times)
 
     def _saved(self, activation: str, dtype: str) -> Iterator[Measures]:
         saved = timing.torch_saved_bytes(activation, dtype, self.batch, self.width, self.layers)

@@ -13,7 +13,8 @@ Record = Mapping[str, Any]
 # what stands in one row of a table
 KEYS = ("device", "what", "network", "activation", "dtype", "size")
 WIDTH = 150
-MEMORY, TIME = ("memory", "resident"), ("forward", "gradient", "inplace", "eager", "step", "import")
+MEMORY = ("memory", "resident")
+TIME = ("forward", "gradient", "inplace", "eager", "step", "observed 1/1", "observed 1/20", "import")
 
 
 def value(record: Record) -> float:
@@ -35,27 +36,28 @@ def print_tables(records: Sequence[Record]) -> None:
     rows = group(records)
     for device in dict.fromkeys(key[0] for key in rows):
         here = {key: peers for key, peers in rows.items() if key[0] == device}
-        for title, kinds, fill in (("memory", MEMORY, _memory_row), ("time", TIME, _time_row)):
+        for title, kinds, columns, fill in (
+            ("memory", MEMORY, _MEMORY_COLUMNS, _memory_row),
+            ("time", TIME, _TIME_COLUMNS, _time_row),
+        ):
             chosen = {key: here[key] for key in here if key[1] in kinds and (key[3] or key[1] == "import")}
             chosen = dict(sorted(chosen.items(), key=lambda item: kinds.index(item[0][1])))
             if chosen:
-                console.print(_table(f"{title}, {device}", chosen, fill, rows))
+                console.print(_table(f"{title}, {device}", columns, chosen, fill, rows))
     for line in sorted({f"{r['date'][:10]}: " + " ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in records}):
         console.print(line, soft_wrap=True, highlight=False)
 
 
 Rows = Mapping[tuple[Any, ...], Mapping[str, Record]]
-_COLUMNS = {
-    "memory": ("jaxrelu", "reference", "ratio", "floor", "ratio", "+checkpoint", "torch saves", "fusions"),
-    "time": ("jaxrelu", "spread", "reference", "ratio", "copy", "ratio", "torch", "ratio", "+checkpoint", "floor"),
-}
+_MEMORY_COLUMNS = ("jaxrelu", "reference", "ratio", "floor", "ratio", "+checkpoint", "torch saves", "fusions")
+_TIME_COLUMNS = ("jaxrelu", "spread", "reference", "ratio", "copy", "ratio", "torch", "ratio", "+checkpoint", "floor")
 
 
-def _table(title: str, chosen: Rows, fill: Callable[..., list[str]], rows: Rows) -> Table:
+def _table(title: str, columns: Sequence[str], chosen: Rows, fill: Callable[..., list[str]], rows: Rows) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("what", "activation", "dtype", "size"):
         table.add_column(name, no_wrap=True)
-    for name in _COLUMNS[title.split(",")[0]]:
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     before = None
     for key, peers in chosen.items():
@@ -93,6 +95,8 @@ def _time_row(key: tuple[Any, ...], peers: Mapping[str, Record], rows: Rows) -> 
         reference = forward.get("jaxrelu")
     elif key[1] == "import":
         reference = peers.get("jax")
+    elif "step" in peers:  # unobserved
+        reference = peers["step"]
     torch = peers.get("torch")
     return [
         _seconds(value(ours)) if ours else "",

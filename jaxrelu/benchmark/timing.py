@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
-from jaxrelu.benchmark.networks import PEERS, SLOPE, adam_step, build, identity
+from jaxrelu.benchmark.networks import PEERS, SLOPE, adam, adam_step, build, identity
+from jaxrelu.diagnostics import observe
 
 Call = Callable[[], Any]
 
@@ -223,15 +225,41 @@ def _values(shapes: Any) -> Any:
 
 def _repeating(step: Callable[..., Any], parameters: Any, x: Array) -> Call:
     """Returns a call that trains on from where the last one ended, its state donated as a training loop does."""
-    import optax
-
-    held = [parameters, optax.adam(1e-3).init(parameters)]
+    held = [parameters, adam.init(parameters)]
     jitted = jax.jit(step, donate_argnums=(0, 1))
 
     def call() -> None:
-        held[:] = jax.block_until_ready(jitted(*held, x))
+        held[:] = jax.block_until_ready(jitted(*held, x))[:2]
 
     return call
+
+
+def observed_step(dtype: str, batch: int, width: int, seconds: float, one_in: int) -> dict[str, Timing]:
+    """Times an Adam step of a 6-layer mlp with relu, of which one in so many is observed, beside none."""
+    network = build("mlp", PEERS["relu"].ours, batch, width, dtype, layers=6)
+    loss = network.loss
+    assert loss is not None
+    parameters, x = _values(network.arguments)
+
+    def observed(parameters: Any, state: Any, x: Array) -> Any:
+        gradients, stats = jax.grad(observe(loss), has_aux=True)(parameters, x)
+        updates, state = adam.update(gradients, state, parameters)
+        return optax.apply_updates(parameters, updates), state, stats
+
+    plain = _repeating(adam_step(loss), parameters, x)
+    # donated buffers are gone
+    watched = _repeating(observed, *_values(network.arguments))
+
+    def mixed() -> None:
+        for _ in range(one_in - 1):
+            plain()
+        watched()
+
+    def unobserved() -> None:
+        for _ in range(one_in):
+            plain()
+
+    return interleave({"jaxrelu": mixed, "step": unobserved}, seconds)
 
 
 def import_times(rounds: int) -> dict[str, Timing]:
