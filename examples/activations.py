@@ -22,11 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxrelu
-from jaxrelu import inplace, linen, nnx
-
 import options
 import outputs
 import plots
+from jaxrelu import inplace, linen, nnx
 
 SLOPE = 0.25  # where prelu's slope starts
 
@@ -231,14 +230,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Compares and draws; argv is the command line without the program's name."""
     parser = options.demonstration("activations.py", "Tabulate, compare and draw the five activations.")
     args = parser.parse_args(argv)
-    draws = 3 * jax.random.normal(jax.random.key(args.seed), (1000,))
-    inputs = INPUTS["integers"], jnp.concatenate([all_numbers(), draws])
     with outputs.directory(parser, args.out) as directory:
         draw(directory.scratch / "activations.png")
         directory.publish("activations.png")
-    print_tables()
+        print_tables()
+        draws = 3 * jax.random.normal(jax.random.key(args.seed), (1000,))
+        inputs = INPUTS["integers"], jnp.concatenate([all_numbers(), draws])
+        found = [what for name in ACTIVATIONS for x in inputs for what in differences(name, x)]
     print(f"written to {args.out}: activations.png")
-    if found := [what for name in ACTIVATIONS for x in inputs for what in differences(name, x)]:
+    if found:
         parser.miss(f"all forms must agree, but these do not: {'; '.join(found)}")
     print("function, linen, nnx and donated form are equal bit for bit, and to NumPy within 2 units in the last place")
 

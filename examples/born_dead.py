@@ -7,7 +7,6 @@ whose output is constant. It compares the shares with the bounds of "Dying ReLU 
 writes runs/born_dead/born_dead.csv (width, depth in layers of weights, share dead with zero biases) and born_dead.png.
 """
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +21,10 @@ from rich.table import Table
 from tqdm import tqdm
 
 import jaxrelu
-from jaxrelu.initializers import gain
-
 import options
 import outputs
 import plots
+from jaxrelu.initializers import gain
 
 WIDTHS, DEPTHS, BIAS = (2, 3, 4, 5, 10), (3, 5, 10, 20), 0.01
 COLORS = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.PURPLE, plots.GREY)
@@ -104,14 +102,6 @@ def miss(shares: dict[int, Shares], networks: int) -> str:
     return ""
 
 
-def write_csv(path: Path, shares: dict[int, Shares]) -> None:
-    """Writes a row a cell, for zero biases."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["width", "depth", "dead"])
-        writer.writerows([w, d, f"{share.constant[d - 2]:.6g}"] for w, share in shares.items() for d in DEPTHS)
-
-
 def draw(path: Path, shares: dict[int, Shares]) -> None:
     """Plots the dead share by depth for each width, with the bounds as bands."""
     labels = ("dead at birth (%),\nzero biases", f"dead at birth (%),\nbiases of {BIAS}")
@@ -125,7 +115,7 @@ def draw(path: Path, shares: dict[int, Shares]) -> None:
     for panel in panels:
         panel.set_yscale("log")
         panel.set_ylim(0.003, 150)
-    panels[1].set_xticks(depths[::1])
+    panels[1].set_xticks(depths)
     lines = [
         *panels[0].get_lines(),
         panels[0].fill_between([], [], color=plots.GREY, alpha=0.3, label="bounds of Lu et al."),
@@ -153,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with outputs.directory(parser, args.out) as directory:
         with tqdm(total=len(WIDTHS) * batches * BATCH, unit="network") as progress:
             shares = {width: measure(width, batches, args.seed, progress) for width in WIDTHS}
-        write_csv(directory.scratch / "born_dead.csv", shares)
+        cells = [(width, depth, share.constant[depth - 2]) for width, share in shares.items() for depth in DEPTHS]
+        directory.table("born_dead.csv", ["width", "depth", "dead"], cells)
         draw(directory.scratch / "born_dead.png", shares)
         directory.publish("born_dead.csv", "born_dead.png")
     print_table(shares, batches * BATCH, args.out)

@@ -12,7 +12,6 @@ the share of outputs that are 0 ("zeros") and the mean output; before training, 
 the time of the function and of its backward pass on a million numbers.
 """
 
-import csv
 import functools
 import itertools
 import math
@@ -30,14 +29,14 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-import jaxrelu
-from jaxrelu.initializers import gain
-
 import digits
+import jaxrelu
 import options
 import outputs
 import plots
+import training
 from digits import Digits, Part
+from jaxrelu.initializers import gain
 
 DEPTHS, WIDTH, CLASSES, SEEDS, EPOCHS, BATCH, RATE = (3, 10), 64, 10, 5, 20, 64, 0.003
 ELEMENTS = 1_000_000
@@ -193,9 +192,8 @@ def train(
 def make_data(images: str, data: Digits, epochs: int, seed: int) -> tuple[Batches, Part]:
     """Returns the batches of all epochs, each full, and the images held out: those to validate, then those to test."""
     train, held_out = data.train, Part(*map(np.concatenate, zip(data.validation, data.test, strict=True)))
-    order = np.tile(np.arange(len(train.labels)), (epochs, 1))
-    order = np.random.default_rng(seed).permuted(order, axis=1)
-    order = order[:, : len(train.labels) // BATCH * BATCH].reshape(epochs, -1, BATCH)
+    rng = np.random.default_rng(seed)
+    order = np.stack([training.batches(rng, len(train.labels), BATCH) for _ in range(epochs)])
     parts = [Part(train.images[order.ravel()], train.labels[order]), held_out]
     if images == "moved":
         keys = jax.random.split(jax.random.key(seed))
@@ -261,14 +259,6 @@ def miss(rows: list[Row], *, quick: bool) -> str:
     return ""
 
 
-def write_csv(path: Path, rows: list[Row]) -> None:
-    """Writes a row an activation, depth and kind of images."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows([*row[:3], *(f"{value:.6g}" for value in row[3:])] for row in rows)
-
-
 def draw(path: Path, rows: list[Row]) -> None:
     """Draws a line an activation: error, gradient, mean output and times."""
     rows = [row for row in rows if row.images == "centred"]
@@ -324,11 +314,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     settings = QUICK if args.quick else FULL
     epochs, seeds, repeats = (1, 2, 3) if args.quick else (EPOCHS, SEEDS, 20)
-    data = digits.bundled(args.seed)
     keys, rows = jax.random.split(jax.random.key(args.seed), seeds), []
     # what every program chooses from, so that one of a depth serves both kinds of images
     choices = settings[0][2]
     with outputs.directory(parser, args.out) as directory:
+        data = digits.bundled(args.seed)
         times = time_passes(choices, repeats, keys[0])
         with tqdm(total=sum(len(names) for *_, names in settings), unit="network") as progress:
             for images, depth, names in settings:
@@ -339,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     validation = len(data.validation.labels)
                     rows.append(make_row((images, depth, name), jax.device_get(trained), validation, times[name]))
                     progress.update()
-        write_csv(directory.scratch / "compare_activations.csv", rows)
+        directory.table("compare_activations.csv", Row._fields, rows)
         draw(directory.scratch / "compare_activations.png", rows)
         directory.publish("compare_activations.csv", "compare_activations.png")
     print_tables(rows, times)

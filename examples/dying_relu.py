@@ -7,7 +7,6 @@ ELU, and with jaxrelu.recycling, for three seeds. It writes runs/dying_relu/dyin
 in shares of the target's variance, and share of hidden units that fire at no point) and dying_relu.png.
 """
 
-import csv
 import functools
 import itertools
 import math
@@ -25,13 +24,12 @@ from rich.table import Table
 from tqdm import tqdm
 
 import jaxrelu
-from jaxrelu.diagnostics import UnitStats, unit_stats
-from jaxrelu.initializers import gain, kaiming_normal
-from jaxrelu.recycling import Edge, recycle
-
 import options
 import outputs
 import plots
+from jaxrelu.diagnostics import UnitStats, unit_stats
+from jaxrelu.initializers import gain, kaiming_normal
+from jaxrelu.recycling import Edge, recycle
 
 POINTS, INPUTS, WIDTH, HIDDEN = 2048, 8, 64, 5
 KILLED_LAYERS, KILLED_SHARE, KILLING_BIAS = (1, 2, 3), 0.8, -5.0
@@ -49,6 +47,7 @@ CURES = {
     "elu": jaxrelu.elu,
     "recycle": jaxrelu.relu,
 }
+ACTIVATIONS = tuple(dict.fromkeys(CURES.values()))
 COLORS = (plots.GREY, plots.SKY, plots.BLUE, plots.GREEN, plots.ORANGE)
 
 
@@ -81,16 +80,16 @@ def draw_network(rng: np.random.Generator, activation: Callable[[Array], Array])
     return params
 
 
-def predict(cure: Array, params: Params, x: Array) -> tuple[Array, dict[str, UnitStats]]:
+def predict(activation: Array, params: Params, x: Array) -> tuple[Array, dict[str, UnitStats]]:
     """Returns the predictions and the statistics of each hidden layer.
 
-    The cure is a number, so that all share one compilation.
+    The activation is its place in ACTIVATIONS, a number, so that all share one compilation.
     """
     stats = {}
     for i in range(HIDDEN):
         z = x @ params[f"layer_{i}"]["kernel"] + params[f"layer_{i}"]["bias"]
         stats[f"units_{i}"] = unit_stats(z)
-        x = jax.lax.switch(cure, list(CURES.values()), z)
+        x = jax.lax.switch(activation, ACTIVATIONS, z)
     out = x @ params[f"layer_{HIDDEN}"]["kernel"] + params[f"layer_{HIDDEN}"]["bias"]
     return out[:, 0], stats
 
@@ -106,29 +105,31 @@ def optimizer(recycling: bool, key: Array) -> optax.GradientTransformationExtraA
 
 def train(name: str, seed: int, steps: int, progress: tqdm) -> Run:
     """Trains one network from the bad start that all cures share."""
-    cure, recycling = jnp.int32(list(CURES).index(name)), name == "recycle"
+    activation, recycling = jnp.int32(ACTIVATIONS.index(CURES[name])), name == "recycle"
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
     points, params = draw_points(rng), draw_network(rng, CURES[name])
     state = optimizer(recycling, key).init(params)
-    figures = [evaluate(cure, params, *points)]
+    figures = [evaluate(activation, params, *points)]
     for _ in range(steps // CHUNK):
-        params, state = advance(recycling, cure, params, state, key, rng.integers(POINTS, size=(CHUNK, BATCH)), *points)
-        figures.append(jax.block_until_ready(evaluate(cure, params, *points)))
+        params, state = advance(
+            recycling, activation, params, state, key, rng.integers(POINTS, size=(CHUNK, BATCH)), *points
+        )
+        figures.append(jax.block_until_ready(evaluate(activation, params, *points)))
         progress.update(CHUNK)
     mse, dead_share = np.transpose(jax.device_get(figures))
     return Run(name, seed, mse, dead_share)
 
 
 @jax.jit
-def evaluate(cure: Array, params: Params, x: Array, y: Array) -> tuple[Array, Array]:
+def evaluate(activation: Array, params: Params, x: Array, y: Array) -> tuple[Array, Array]:
     """Returns the mean squared error and the dead share over all points."""
-    out, stats = predict(cure, params, x)
+    out, stats = predict(activation, params, x)
     return ((out - y) ** 2).mean(), jnp.stack([layer.dead for layer in stats.values()]).mean()
 
 
 @functools.partial(jax.jit, static_argnames="recycling")
 def advance(
-    recycling: bool, cure: Array, params: Params, state: optax.OptState, key: Array, batches: Array, x: Array, y: Array
+    recycling: bool, activation: Array, params: Params, state: optax.OptState, key: Array, batches: Array, x: Array, y: Array
 ) -> tuple[Params, optax.OptState]:
     """Returns the network and the optimizer's state after a step on each batch, rows of indices of points."""
     transformation = optimizer(recycling, key)
@@ -137,7 +138,7 @@ def advance(
         params, state = carry
 
         def loss(params: Params) -> tuple[Array, dict[str, UnitStats]]:
-            out, stats = predict(cure, params, x[chosen])
+            out, stats = predict(activation, params, x[chosen])
             return ((out - y[chosen]) ** 2).mean(), stats
 
         gradients, stats = jax.grad(loss, has_aux=True)(params)
@@ -145,14 +146,6 @@ def advance(
         return (optax.apply_updates(params, updates), state), None
 
     return jax.lax.scan(step, (params, state), batches)[0]
-
-
-def write_csv(path: Path, runs: Sequence[Run]) -> None:
-    """Writes a row a run, with the figures at its end."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["cure", "seed", "mse", "dead_share"])
-        writer.writerows([run.cure, run.seed, f"{run.mse[-1]:.6g}", f"{run.dead_share[-1]:.6g}"] for run in runs)
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
@@ -189,8 +182,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds, steps = (1, 600) if args.quick else (3, 2200)
     with outputs.directory(parser, args.out) as directory:
         with tqdm(total=len(CURES) * seeds * steps, unit="step") as progress:
-            runs = [train(name, args.seed + i, steps, progress) for name in CURES for i in range(seeds)]
-        write_csv(directory.scratch / "dying_relu.csv", runs)
+            runs = [train(name, seed, steps, progress) for name in CURES for seed in options.seeds(args.seed, seeds)]
+        ends = [(run.cure, run.seed, run.mse[-1], run.dead_share[-1]) for run in runs]
+        directory.table("dying_relu.csv", ["cure", "seed", "mse", "dead_share"], ends)
         draw(directory.scratch / "dying_relu.png", runs)
         directory.publish("dying_relu.csv", "dying_relu.png")
     print_table(runs, args.out)

@@ -7,7 +7,6 @@ writes runs/gradient_flow/gradient_flow.csv (layer, root mean square of the grad
 gradient_flow.png.
 """
 
-import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,12 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxrelu
-from jaxrelu import diagnostics
-from jaxrelu.initializers import kaiming_normal
-
 import options
 import outputs
 import plots
+from jaxrelu import diagnostics
+from jaxrelu.initializers import kaiming_normal
 
 LAYERS, WIDTH, EXAMPLES = 10, 64, 256
 # an activation and its usual initializer
@@ -58,14 +56,6 @@ def layer_gradients(name: str, key: Array) -> list[float]:
     return [float(flow[f"layer_{i + 1}"]) for i in range(LAYERS)]
 
 
-def write_csv(path: Path, flows: dict[str, list[float]]) -> None:
-    """Writes a row a layer."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["layer", *flows])
-        writer.writerows([i + 1, *(f"{flow[i]:.6g}" for flow in flows.values())] for i in range(LAYERS))
-
-
 def draw(path: Path, flows: dict[str, list[float]]) -> None:
     """Plots the gradients by layer."""
     title = f"gradients in a network of {LAYERS} layers"
@@ -81,10 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Computes the gradients; argv is the command line without the program's name."""
     parser = options.demonstration("gradient_flow.py", "Compare the gradients in a sigmoid and in a ReLU network.")
     args = parser.parse_args(argv)
-    found = {name: input_gradient(activation) for name, (activation, _) in ACTIVATIONS.items()}
     with outputs.directory(parser, args.out) as directory:
+        found = {name: input_gradient(activation) for name, (activation, _) in ACTIVATIONS.items()}
         flows = {name: layer_gradients(name, jax.random.key(args.seed)) for name in ACTIVATIONS}
-        write_csv(directory.scratch / "gradient_flow.csv", flows)
+        layers = [(i, *values) for i, values in enumerate(zip(*flows.values(), strict=True), 1)]
+        directory.table("gradient_flow.csv", ["layer", *flows], layers)
         draw(directory.scratch / "gradient_flow.png", flows)
         directory.publish("gradient_flow.csv", "gradient_flow.png")
     table = Table("", *flows)

@@ -47,6 +47,11 @@ def seed(text: str) -> int:
     return _whole(text, 0, 2**32 - 1)
 
 
+def seeds(first: int, n: int) -> list[int]:
+    """Returns n seeds from the first on; past the largest that `seed` takes they go on from 0."""
+    return [(first + i) % 2**32 for i in range(n)]
+
+
 def positive_float(text: str) -> float:
     """Returns a positive finite number."""
     value = _number(text)

@@ -1,10 +1,14 @@
 """The output directory of the examples: a run's files appear whole and together, and Ctrl-C leaves nothing half-written."""
 
 import contextlib
+import csv
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 import options
 
@@ -22,6 +26,13 @@ class Outputs:
         self.out = out
         self.scratch = scratch
         self.kept = f"nothing was written to {out}"
+
+    def table(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Writes a CSV file to scratch, with six digits of a float."""
+        with (self.scratch / name).open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(header)
+            writer.writerows([f"{v:.6g}" if isinstance(v, float | np.floating) else v for v in row] for row in rows)
 
     def publish(self, *names: str) -> None:
         """Moves files or folders from scratch to the directory, in place of a former run's."""

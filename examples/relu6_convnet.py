@@ -10,7 +10,6 @@ Howard et al. 2017, MobileNets (arXiv:1704.04861).
 """
 
 import argparse
-import csv
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,15 +27,14 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-import jaxrelu
-from jaxrelu import initializers
-
 import digits
+import jaxrelu
 import options
 import outputs
 import plots
+import training
 from digits import Digits
-from train_digits import train_step
+from jaxrelu import initializers
 
 BITS = (8, 6, 5, 4, 3, 2)
 # channels and stride of each depthwise separable block
@@ -137,13 +135,13 @@ def train(model: MobileNet, data: Digits, epochs: int, seed: int, progress: tqdm
     """Trains the model on the training and the validation images, as no choice is made by the latter."""
     images = np.concatenate([data.train.images, data.validation.images])
     labels = np.concatenate([data.train.labels, data.validation.labels])
-    batches = len(labels) // BATCH
-    optimizer = nnx.Optimizer(model, optax.adam(optax.cosine_decay_schedule(0.01, epochs * batches)), wrt=nnx.Param)
+    schedule = optax.cosine_decay_schedule(0.01, epochs * (len(labels) // BATCH))
+    optimizer = nnx.Optimizer(model, optax.adam(schedule), wrt=nnx.Param)
     key, order = jax.random.key(seed), np.random.default_rng(seed)
     model.train()
     for _ in range(epochs):
-        for batch in order.permutation(len(labels))[: batches * BATCH].reshape(batches, BATCH):
-            train_step(model, optimizer, key, images[batch], labels[batch])
+        for batch in training.batches(order, len(labels), BATCH):
+            training.train_step(model, optimizer, key, images[batch], labels[batch])
         progress.update()
     model.eval()
 
@@ -165,17 +163,15 @@ def examine(name: str, dtype: DTypeLike, data: Digits, args: argparse.Namespace,
 
 def write(directory: outputs.Outputs, rows: Sequence[Row]) -> None:
     """Writes the accuracies, the ranges and the picture."""
-    with (directory.scratch / "accuracy.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["activation", "dtype", "accuracy", *(f"accuracy_{bits}_bits" for bits in BITS)])
-        writer.writerows([r.activation, r.dtype, *(f"{a:.6g}" for a in (r.accuracy, *r.rounded))] for r in rows)
-    with (directory.scratch / "ranges.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["activation", "dtype", "layer", "largest", "step_8_bits"])
-        for row in rows:
-            for layer, largest in enumerate(row.largest, 1):
-                top = 6.0 if row.activation == "relu6" else largest
-                writer.writerow([row.activation, row.dtype, layer, f"{largest:.6g}", f"{top / 255:.6g}"])
+    accuracies = [(row.activation, row.dtype, row.accuracy, *row.rounded) for row in rows]
+    header = ["activation", "dtype", "accuracy", *(f"accuracy_{bits}_bits" for bits in BITS)]
+    directory.table("accuracy.csv", header, accuracies)
+    ranges = [
+        (row.activation, row.dtype, layer, largest, (6.0 if row.activation == "relu6" else largest) / 255)
+        for row in rows
+        for layer, largest in enumerate(row.largest, 1)
+    ]
+    directory.table("ranges.csv", ["activation", "dtype", "layer", "largest", "step_8_bits"], ranges)
     draw(directory.scratch / "relu6_convnet.png", rows)
     directory.publish(*OUTPUTS)
 
@@ -222,8 +218,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains, rounds, and checks the accuracies; argv is the command line without the program's name."""
     parser = options.demonstration("relu6_convnet.py", "Train a MobileNet-style network with relu6; round it to 8 bits.")
     args = parser.parse_args(argv)
-    data = digits.bundled(args.seed)
     with outputs.directory(parser, args.out) as directory:
+        data = digits.bundled(args.seed)
         cases = [(name, dtype) for dtype in (jnp.float32, jnp.bfloat16) for name in ("relu6", "relu")]
         cases = cases[: 1 if args.quick else None]
         with tqdm(total=len(cases) * (QUICK_EPOCHS if args.quick else EPOCHS), unit="epoch") as progress:

@@ -11,7 +11,6 @@ Bertoin et al. 2021, Numerical influence of ReLU'(0) on backpropagation (arXiv:2
 """
 
 import argparse
-import csv
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,14 +26,14 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-import jaxrelu
-from jaxrelu.initializers import kaiming_normal
-
 import digits
+import jaxrelu
 import options
 import outputs
 import plots
+import training
 from digits import Digits, Part
+from jaxrelu.initializers import kaiming_normal
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 KINKS = (0.0, 0.5, 1.0, 10.0, 100.0)
@@ -143,9 +142,9 @@ def train(
 
 def batches_of(part: Part, steps: int, seed: int, dtype: DTypeLike) -> tuple[Array, Array]:
     """Returns random minibatches, each epoch in its own order."""
-    rng, count = np.random.default_rng(seed), len(part.labels) // BATCH
-    order = np.concatenate([rng.permutation(len(part.labels))[: count * BATCH] for _ in range(-(-steps // count))])
-    chosen = order[: steps * BATCH].reshape(steps, BATCH)
+    rng, count = np.random.default_rng(seed), len(part.labels)
+    epochs = -(-steps // (count // BATCH))
+    chosen = np.concatenate([training.batches(rng, count, BATCH) for _ in range(epochs)])[:steps]
     return jnp.asarray(part.images.reshape(-1, 64)[chosen], dtype), jnp.asarray(part.labels[chosen])
 
 
@@ -177,14 +176,8 @@ def accuracies(data: Digits, rule: str, kink: float, steps: int, seeds: Sequence
 
 def write(directory: outputs.Outputs, shares: dict[str, float], rows: Sequence[Accuracy]) -> None:
     """Writes the shares, the accuracies and the picture."""
-    with (directory.scratch / "minibatches.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["dtype", "share"])
-        writer.writerows([dtype, f"{share:.6g}"] for dtype, share in shares.items())
-    with (directory.scratch / "accuracy.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Accuracy._fields)
-        writer.writerows([row.rule, *(f"{value:.6g}" for value in row[1:])] for row in rows)
+    directory.table("minibatches.csv", ["dtype", "share"], shares.items())
+    directory.table("accuracy.csv", Accuracy._fields, rows)
     draw(directory.scratch / "relu_prime.png", shares, rows)
     directory.publish(*OUTPUTS)
 
@@ -260,8 +253,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtypes, kinks, steps, seeds = DTYPES, KINKS, STEPS, 3
     if args.quick:
         dtypes, kinks, steps, seeds = ("bfloat16", "float32"), (10.0,), QUICK_STEPS, 1
-    data = digits.bundled(args.seed)
     with outputs.directory(parser, args.out) as directory:
+        data = digits.bundled(args.seed)
         cases = [(rule, kink) for rule in RULES for kink in kinks]
         with tqdm(total=len(dtypes) + len(cases), unit="run") as progress:
 
@@ -270,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 return result
 
             shares = {dtype: counted(share_of_minibatches(data.train, dtype, steps, args.seed)) for dtype in dtypes}
-            drawn = [(args.seed + i) % 2**32 for i in range(seeds)]
+            drawn = options.seeds(args.seed, seeds)
             rows = [counted(accuracies(data, *case, steps, drawn)) for case in cases]
         write(directory, shares, rows)
     print_summary(shares, rows)

@@ -7,7 +7,7 @@ and biases of 0.01. Writes runs/simple_nets/simple_nets.csv (a row a parameter) 
 inputs.
 """
 
-import csv
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +22,10 @@ from rich.table import Table
 
 import jaxrelu.linen
 import jaxrelu.nnx
-from jaxrelu.initializers import kaiming_normal
-
 import options
 import outputs
 import plots
+from jaxrelu.initializers import kaiming_normal
 
 BIAS = 0.01
 
@@ -86,11 +85,11 @@ class Parameter(NamedTuple):
 
 
 def he(params: dict[str, Any], key: Array) -> dict[str, Any]:
-    """Returns parameters of the same shapes: He's normal weights in every kernel, BIAS in every bias."""
+    """Returns parameters of the shapes given: He's normal weights in every kernel, BIAS in every bias."""
     leaves, treedef = jax.tree.flatten_with_path(params)
     keys = jax.random.split(key, len(leaves))
 
-    def draw(name: str, key: Array, old: Array) -> Array:
+    def draw(name: str, key: Array, old: jax.ShapeDtypeStruct) -> Array:
         return kaiming_normal()(key, old.shape) if name == "kernel" else jax.numpy.full(old.shape, BIAS)
 
     return jax.tree.unflatten(treedef, [draw(path[-1].key, key, old) for (path, old), key in zip(leaves, keys, strict=True)])
@@ -99,8 +98,10 @@ def he(params: dict[str, Any], key: Array) -> dict[str, Any]:
 def run(name: str, x: Array, seed: int) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """Returns the parameters of a network, and its outputs at x as a linen and as an nnx module."""
     linen_class, nnx_class = NETWORKS[name]
-    linen_model, nnx_model = linen_class(), nnx_class(nnx.Rngs(seed))
-    params = he(linen_model.init(jax.random.key(seed), x)["params"], jax.random.key(seed))
+    # jitted, as each layer's draws would be compiled by themselves otherwise
+    linen_model, nnx_model = linen_class(), nnx.jit(lambda: nnx_class(nnx.Rngs(seed)))()
+    shapes = jax.eval_shape(linen_model.init, jax.random.key(seed), x)["params"]
+    params = jax.jit(functools.partial(he, shapes))(jax.random.key(seed))
     # linen's dict of layers is nnx's, as the layers have the same names
     nnx.update(nnx_model, params)
     return params, np.asarray(linen_model.apply({"params": params}, x)), np.asarray(nnx_model(x))
@@ -116,14 +117,6 @@ def parameters(network: str, params: dict[str, Any]) -> list[Parameter]:
         rms = math.sqrt(np.mean(np.square(array, dtype=np.float64)))
         rows.append(Parameter(network, name, " x ".join(map(str, array.shape)), array.size, rms, expected))
     return rows
-
-
-def write_csv(path: Path, rows: list[Parameter]) -> None:
-    """Writes a row a parameter."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Parameter._fields)
-        writer.writerows([*row[:4], *(f"{value:.6g}" for value in row[4:])] for row in rows)
 
 
 def draw(path: Path, found: dict[str, np.ndarray]) -> None:
@@ -145,11 +138,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Builds and compares the networks; argv is the command line without the program's name."""
     parser = options.demonstration("simple_nets.py", "Build two small networks with Flax linen and nnx.")
     args = parser.parse_args(argv)
-    x = jax.random.normal(jax.random.key(args.seed), (1000 if args.quick else 10_000, 10))
     with outputs.directory(parser, args.out) as directory:
+        x = jax.random.normal(jax.random.key(args.seed), (1000 if args.quick else 10_000, 10))
         runs = {name: run(name, x, args.seed) for name in NETWORKS}
         rows = [row for name, (params, *_) in runs.items() for row in parameters(name, params)]
-        write_csv(directory.scratch / "simple_nets.csv", rows)
+        directory.table("simple_nets.csv", Parameter._fields, rows)
         draw(directory.scratch / "simple_nets.png", {name: found for name, (_, found, _) in runs.items()})
         directory.publish("simple_nets.csv", "simple_nets.png")
     table = Table("network", "parameter", "shape", "count", "root mean square", "drawn with")

@@ -8,7 +8,6 @@ at once, with those parameters. Units are observed on the validation images, for
 """
 
 import argparse
-import csv
 import functools
 import math
 import time
@@ -26,23 +25,23 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from jaxrelu.diagnostics import UnitStats, merge, observe, to_scalars
-from jaxrelu.initializers import kaiming_normal
-from jaxrelu.recycling import Edge, recycle
-
 import digits
 import options
 import outputs
 import plots
+import training
 from classifiers import ACTIVATIONS, MODELS
 from digits import Digits, Part
+from jaxrelu.diagnostics import UnitStats, merge, to_scalars
+from jaxrelu.initializers import kaiming_normal
+from jaxrelu.recycling import Edge, recycle
 from outputs import Outputs
 
 SCHEDULES = ("constant", "cosine", "exponential", "step")
 OUTPUTS = ("metrics.csv", "curves.png", "units.png", "model")
 UNITS = ("dead", "firing_rate")
-# images scored at a time, so that a large test set fits in memory
-CHUNK = 1000
+# images scored at a time, so that a large test set fits in memory; the bundled digits' 180 and 360 share one compilation
+CHUNK = 180
 
 
 class Epoch(NamedTuple):
@@ -112,32 +111,10 @@ def make_optimizer(model: nnx.Module, schedule: optax.Schedule, args: argparse.N
     return nnx.Optimizer(model, transformation, wrt=nnx.Param)
 
 
-def observed(model: nnx.Module, images: Array) -> tuple[Array, dict[str, UnitStats]]:
-    """Returns the logits, and the statistics of each layer that has an activation, by the layer's name."""
-    logits, stats = observe(model)(images)
-    return logits, {producer: found for (producer, _), found in zip(model.EDGES, stats.values(), strict=True)}
-
-
-@functools.partial(nnx.jit, static_argnames="recycling")
-def train_step(
-    model: nnx.Module, optimizer: nnx.Optimizer, key: Array, images: Array, labels: Array, recycling: bool = False
-) -> tuple[Array, Array]:
-    """Updates the model on a batch, shifted at random; returns the loss and the norm of its gradient."""
-    images = digits.random_shift(jax.random.fold_in(key, optimizer.step[...]), images)
-
-    def loss(model: nnx.Module) -> tuple[Array, dict[str, UnitStats]]:
-        logits, stats = observed(model, images) if recycling else (model(images), {})
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), stats
-
-    (value, stats), gradients = nnx.value_and_grad(loss, has_aux=True)(model)
-    optimizer.update(model, gradients, **({"stats": stats} if recycling else {}))
-    return value, optax.tree.norm(gradients)
-
-
 @nnx.jit
 def score(model: nnx.Module, images: Array, labels: Array) -> tuple[Array, Array, dict[str, UnitStats]]:
     """Returns the sum of the losses, the number of images classified correctly and the statistics of the units."""
-    logits, stats = observed(model, images)
+    logits, stats = training.observed(model, images)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses.sum(), (logits.argmax(-1) == labels).sum(), stats
 
@@ -160,24 +137,22 @@ def train(model: nnx.Module, data: Digits, args: argparse.Namespace) -> Run:
         KeyboardInterrupt: Ctrl-C came before the end of the first epoch.
     """
     count = len(data.train.labels)
-    batches = count // args.batch_size
-    schedule = make_schedule(args.schedule, args.learning_rate, args.epochs * batches)
+    steps = count // args.batch_size
+    schedule = make_schedule(args.schedule, args.learning_rate, args.epochs * steps)
     optimizer = make_optimizer(model, schedule, args)
     key, order = jax.random.key(args.seed), np.random.default_rng(args.seed)
     epochs, best, parameters, interrupted = [], None, {}, False
     try:
         with tqdm(range(1, args.epochs + 1), unit="epoch") as progress:
             for number in progress:
-                # every batch is full, so that the step is compiled once; the images left over are others each time
-                shuffled = order.permutation(count)[: batches * args.batch_size].reshape(batches, -1)
-                steps = [
-                    train_step(model, optimizer, key, data.train.images[i], data.train.labels[i], args.recycle > 0)
-                    for i in shuffled
+                seen = [
+                    training.train_step(model, optimizer, key, data.train.images[i], data.train.labels[i], args.recycle > 0)
+                    for i in training.batches(order, count, args.batch_size)
                 ]
-                loss, norm = np.mean(jax.device_get(steps), axis=0, dtype=np.float64)
+                loss, norm = np.mean(jax.device_get(seen), axis=0, dtype=np.float64)
                 if not math.isfinite(loss):
                     raise FloatingPointError(f"the loss is {loss} in epoch {number}")
-                rate = float(schedule((number - 1) * batches))
+                rate = float(schedule((number - 1) * steps))
                 validation_loss, accuracy, units = evaluate(model, data.validation)
                 epoch = Epoch(number, float(loss), validation_loss, accuracy, rate, float(norm), units)
                 # the first of the epochs with the best accuracy and, among those, the lowest loss
@@ -202,12 +177,10 @@ def train(model: nnx.Module, data: Digits, args: argparse.Namespace) -> Run:
     return Run(epochs, best, parameters, recycled, interrupted)
 
 
-def write_metrics(path: Path, run: Run) -> None:
+def write_metrics(directory: Outputs, run: Run) -> None:
     """Writes a row an epoch; without times, so that equal seeds give equal files."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*Epoch._fields[:-1], *run.best.units])
-        writer.writerows([e.epoch, *(f"{value:.6g}" for value in (*e[1:-1], *e.units.values()))] for e in run.epochs)
+    header = [*Epoch._fields[:-1], *run.best.units]
+    directory.table("metrics.csv", header, [(*e[:-1], *e.units.values()) for e in run.epochs])
 
 
 def write_curves(path: Path, run: Run, title: str) -> None:
@@ -245,7 +218,7 @@ def write_units(path: Path, run: Run, title: str) -> None:
 
 def write(directory: Outputs, run: Run, title: str) -> None:
     """Writes the outputs, in place of a former run's."""
-    write_metrics(directory.scratch / "metrics.csv", run)
+    write_metrics(directory, run)
     write_curves(directory.scratch / "curves.png", run, title)
     write_units(directory.scratch / "units.png", run, title)
     with ocp.StandardCheckpointer() as checkpointer:

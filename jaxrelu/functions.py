@@ -201,18 +201,26 @@ def _prelu(x: Array, slope: Array, axis: int | None, kink: float) -> Array:
 @functools.partial(_prelu.defjvp, symbolic_zeros=True)
 def _prelu_jvp(axis: int | None, kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x, slope), (g, h) = primals, tangents
-    on, wide = x > 0, _widen(x)
-    active = off = jnp.zeros_like(wide)
+    y = _prelu(x, slope, axis, kink)
     # a tangent that is known to be zero is left out: its product with an infinite x or slope would be NaN
-    if type(g) is not SymbolicZero:
-        active = _widen(g)
-        off = _at_kink(x, kink, _cast(_cast(_align(slope, x, axis), x), wide)) * active
-    if type(h) is not SymbolicZero:
-        # masked before the product, so that +inf on the active side meets no 0 in either mode; the product is wide, so
-        # that its transpose sums the slope's gradient in float32
-        h = _align(h, x, axis)
-        off += wide * _cast(jnp.where(on, jnp.zeros_like(h), h), wide)
-    return _prelu(x, slope, axis, kink), _cast(jnp.where(on, active, off), x)
+    seen = {name: t for name, t in (("x", g), ("slope", h)) if type(t) is not SymbolicZero}
+
+    def tangent(x: Array, slope: Array, seen: dict[str, Array]) -> Array:
+        on, wide = x > 0, _widen(x)
+        active = off = jnp.zeros_like(wide)
+        if "x" in seen:
+            active = _widen(seen["x"])
+            off = _at_kink(x, kink, _cast(_cast(_align(slope, x, axis), x), wide)) * active
+        if "slope" in seen:
+            # masked before the product, so that +inf on the active side meets no 0 in either mode; the product is wide,
+            # so that its transpose sums the slope's gradient in float32
+            t = _align(seen["slope"], x, axis)
+            off += wide * _cast(jnp.where(on, jnp.zeros_like(t), t), wide)
+        return _cast(jnp.where(on, active, off), x)
+
+    # recomputed from x in the backward pass, as a scan would keep the mask and the wide x; the barrier is for XLA, which
+    # would keep the wider number that x was rounded from, but on a TPU doubles what is kept
+    return y, jax.checkpoint(tangent, prevent_cse=False)(_kept(x, lax.optimization_barrier(x)), slope, seen)
 
 
 _prelu_jit = _jit(_prelu, "prelu", (2, 3))
@@ -342,7 +350,7 @@ _relu6_jit = _jit(_relu6, "relu6", 1)
 
 
 def _kept(x: Array, y: Array) -> Array:
-    """Returns what a rule reads the sign of: the output, but on a TPU the input.
+    """Returns y, what a rule reads instead of x, but on a TPU x.
 
     TPU's compiler recomputes either from the other as it sees fit, and takes up to 12 % more memory for a sign of y.
     """
@@ -387,8 +395,8 @@ def _exp_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 def _below_zero(function: Callable[[Array], Array], combine: Callable[[Array, Array], Array], x: Array) -> Array:
     """Returns function(min(x, 0)) for exp or expm1, which is combine(2^n, expm1(r)) for x = n ln 2 + r.
 
-    jnp.expm1 serves both sides, which costs twice the time, and is up to 5.7 ulp off on the CPU of jax 0.10. Here expm1(r) is
-    a polynomial fitted on [-ln 2 / 2, ln 2 / 2], and both results are within .9 ulp.
+    jnp.expm1 serves both sides, which costs twice the time, and is up to 5.7 ulp off on the CPU of jax 0.10. Here expm1(r)
+    is a polynomial fitted on [-ln 2 / 2, ln 2 / 2], and both results are within .9 ulp.
     """
 
     def plain(x: Array) -> Array:

@@ -101,7 +101,8 @@ def recycle(
         moments: "zero" sets the moments to 0. Adam's count stays, so no bias correction makes up for the small second
             moment: once the count is in the thousands, the step is up to 6.57 times the learning rate 12 steps after the
             recycling if the gradient is constant, and at most 7.27 times for any gradients (b1=0.9, b2=0.999). "mean" sets
-            second moments to the mean of the array's other entries, which keeps the steps in proportion to theirs.
+            second moments to the mean of the array's other entries, which keeps the steps in proportion to theirs. Adagrad's
+            sum of squares starts at 0.1, but starts afresh at 0 or the mean.
 
     Returns:
         An Optax transformation whose state is a `RecycleState`.
@@ -130,7 +131,7 @@ def recycle(
         >>> params["hidden"]["b"], params["out"]["w"].ravel(), state.recycled
         (Array([0., 0., 0.], dtype=float32), Array([1., 0., 1.], dtype=float32), Array([1], dtype=int32))
     """
-    _check(inner, edges, every, threshold, init, moments)
+    _check(inner, edges, every, threshold, key, init, moments)
     edges = tuple(edges)
     transformation = optax.with_extra_args_support(inner)
 
@@ -339,10 +340,13 @@ def _narrow(leaf: Array) -> Array:
     return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
-def _check(inner: Any, edges: Sequence[Edge], every: int, threshold: float, init: Initializer, moments: str) -> None:
+def _check(
+    inner: Any, edges: Sequence[Edge], every: int, threshold: float, key: Array, init: Initializer, moments: str
+) -> None:
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(f"recycle: inner must be an Optax transformation, as optax.adam(1e-3), got {inner!r}")
-    if isinstance(edges, Edge) or not edges or not all(isinstance(edge, Edge) for edge in edges):
+    several = isinstance(edges, (list, tuple)) and not isinstance(edges, Edge)  # all() would exhaust a generator
+    if not several or not edges or not all(isinstance(edge, Edge) for edge in edges):
         raise TypeError(f"recycle: edges must be a list of one recycling.Edge or more, got {edges!r}")
     if isinstance(every, bool) or not isinstance(every, int):
         raise TypeError(f"recycle: every must be an int, got {every!r}")
@@ -352,14 +356,16 @@ def _check(inner: Any, edges: Sequence[Edge], every: int, threshold: float, init
         raise TypeError(f"recycle: threshold must be a Python number, got {threshold!r}")
     if not 0 <= threshold < math.inf:
         raise ValueError(f"recycle: threshold must be finite and at least 0, got {threshold}")
+    if not _is_key(key):
+        raise TypeError(f"recycle: key must be a key from jax.random, got {key!r}; pass jax.random.key(0)")
     if not callable(init):
         raise TypeError(f"recycle: init must be an initializer, as jaxrelu.initializers.kaiming_normal(), got {init!r}")
     if moments not in ("zero", "mean"):
         raise ValueError(f'recycle: moments must be "zero" or "mean", got {moments!r}')
     for edge in edges:
         for name, paths in (("consumers", edge.consumers), ("between", edge.between)):
-            if isinstance(paths, str):
-                raise TypeError(f"recycle: {name} must be a list of paths, got {paths!r}; write [{paths!r}]")
+            if not isinstance(paths, (list, tuple)):
+                raise TypeError(f"recycle: {name} must be a list of paths, got {paths!r}; put a single one in brackets")
         if not edge.consumers:
             raise ValueError(f"recycle: consumers must name the layers that read {edge.producer!r}, got none")
         for path in edge.between:
@@ -374,3 +380,9 @@ def _check(inner: Any, edges: Sequence[Edge], every: int, threshold: float, init
     ):
         if twice := sorted({path for path in paths if paths.count(path) > 1}):
             raise ValueError(f"recycle: a layer must be the {name} of one edge, got {twice[0]!r} twice")
+
+
+def _is_key(x: object) -> bool:
+    if not isinstance(x, Array):
+        return False
+    return x.ndim == 0 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.ndim == 1 and x.dtype == jnp.uint32

@@ -14,6 +14,7 @@ from jaxrelu.diagnostics import UnitStats, all_reduce, merge, unit_stats
 from jaxrelu.initializers import kaiming_normal
 
 RNG = np.random.default_rng(0)
+each_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
 
 
 def reference(z):
@@ -59,19 +60,26 @@ def batches(sizes, mean, dtype):
     """Yields batches of five units: usual, wide, narrow, dead, and always on."""
     for n in sizes:
         z = RNG.normal([0.0, 0.0, 0.0, -9.0, 9.0], [1.0, 5.0, 0.25, 1.0, 1.0], size=(n, 5))
-        yield jnp.asarray(z + mean, dtype)
+        yield (z + mean).astype(dtype)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "mean", "number"),
-    [(jnp.float32, 0.0, 50), (jnp.float32, 1e4, 50), (jnp.float16, 0.0, 5), (jnp.bfloat16, 0.0, 5)],
-    ids=["float32", "mean 1e4", "float16", "bfloat16"],
-)
-def test_stream_of_batches_equals_numpy(dtype, mean, number):
-    seen = list(batches(range(number + 1, 1, -1), mean, dtype))
+@each_dtype
+def test_stream_of_batches_equals_numpy(dtype):
+    # distinct sizes, each of which compiles anew, for one dtype
+    sizes = range(2, 52) if dtype == jnp.float32 else list(itertools.islice(itertools.cycle([13, 2, 34, 5, 21, 3, 8]), 50))
+    columns = (batches(sizes, 0.0, dtype), batches(sizes, 1e4, dtype), batches(sizes, 0.0, dtype))
+    seen = [np.concatenate(parts, 1) for parts in zip(*columns, strict=True)]
+    for place, unit, value in ((0, 10, np.nan), (25, 11, np.inf), (25, 12, -np.inf), (49, 13, np.nan)):
+        seen[place][1, unit] = value
     stats = functools.reduce(merge, [unit_stats(z) for z in seen])
     assert_stats(stats, np.concatenate(seen))
     assert stats.min.dtype == stats.mean.dtype == jnp.float32
+
+
+def test_a_position_unlike_the_others():
+    z = RNG.normal(size=(16, 512, 3)).astype(np.float32)
+    z[:, 0] += 100
+    assert_stats(unit_stats(z), z.reshape(-1, 3))
 
 
 @pytest.mark.parametrize("n", [128, 129, 1000, 4096])
@@ -100,10 +108,11 @@ def test_integers_have_no_derivative():
     assert stats.zero_gradient.tolist() == [1.0, 1.0, 1.0]
 
 
-def test_hidden_values_may_be_anything():
-    z = RNG.normal(size=(6, 5, 4)).astype(np.float32) + 1e3
+@each_dtype
+def test_hidden_values_may_be_anything(dtype):
+    z = np.asarray(RNG.normal(size=(6, 5, 4)) + 1e3, dtype)
     shown = RNG.random(size=(6, 5)) < 0.6
-    padded = np.where(shown[..., None], z, np.float32([np.nan, np.inf, -np.inf, 1e30]))
+    padded = np.where(shown[..., None], z, np.asarray([np.nan, np.inf, -np.inf, 6e4], dtype))
     for where in (shown, shown[..., None]):
         assert_stats(unit_stats(padded, where=where), z[shown])
     assert_stats(unit_stats(np.moveaxis(padded, -1, 0), axis=0, where=shown[None]), z[shown])
@@ -124,10 +133,12 @@ def test_units_that_are_not_finite_are_not_dead():
     np.testing.assert_allclose(both.dormancy, stats.dormancy, rtol=1e-6)
 
 
-def test_dormancy_has_no_scale_and_a_dead_layer_has_none():
-    z = np.float32([[1, -1, 3], [1, 2, 3]])
-    for scale in (1.0, 1e-9, 1e-20):  # the outputs' means are 1, 1 and 3 times the scale
-        np.testing.assert_allclose(unit_stats(z * np.float32(scale)).dormancy, [0.6, 0.6, 1.8], rtol=1e-6)
+@each_dtype
+def test_dormancy_has_no_scale_and_a_dead_layer_has_none(dtype):
+    z = np.asarray([[1, -1, 3], [1, 2, 3]], dtype)
+    for scale in (1.0, 2.0**-10) if dtype == jnp.float16 else (1.0, 2.0**-30, 2.0**-70):
+        # the outputs' means are 1, 1 and 3 times the scale
+        np.testing.assert_allclose(unit_stats(z * np.asarray(scale, dtype)).dormancy, [0.6, 0.6, 1.8], rtol=1e-6)
     dead = unit_stats(-np.abs(z))
     assert dead.dead.all()
     assert dead.dormancy.tolist() == [0.0, 0.0, 0.0]
@@ -135,7 +146,7 @@ def test_dormancy_has_no_scale_and_a_dead_layer_has_none():
 
 
 def test_merge_with_nothing_seen_changes_nothing():
-    (z,) = batches([13], 1e4, jnp.float32)
+    (z,) = map(jnp.asarray, batches([13], 1e4, jnp.float32))
     z = z.at[0, 0].set(jnp.inf)
     stats, nothing = unit_stats(z), unit_stats(z, where=jnp.zeros(13, bool))
     assert nothing.count == 0
@@ -143,6 +154,17 @@ def test_merge_with_nothing_seen_changes_nothing():
     assert all(np.isnan(getattr(nothing, name)).all() for name in ("mean", "variance", "firing_rate", "dormancy"))
     for merged in (merge(stats, nothing), merge(nothing, stats)):
         jax.tree.map(np.testing.assert_array_equal, merged, stats)
+
+
+def test_merge_takes_what_observe_returns():
+    first, second = ({"a": unit_stats(z), "b": unit_stats(z[:, :3])} for z in batches([13, 13], 0.0, jnp.float32))
+    merged = merge(first, second)
+    for name in ("a", "b"):
+        jax.tree.map(np.testing.assert_array_equal, merged[name], merge(first[name], second[name]))
+    with pytest.raises(ValueError, match=r"merge: a and b must have units of the same shape, got \(5,\) and \(3,\)"):
+        merge(first["a"], first["b"])
+    with pytest.raises(ValueError, match=r"merge: .* got \(3,\) and \(1,\)"):  # which would broadcast
+        merge(first["b"], unit_stats(jnp.ones((13, 1))))
 
 
 def test_merge_is_associative_to_rounding():
@@ -195,16 +217,18 @@ def test_all_reduce_over_two_axes():
 def test_he_and_lecun_weights_kill_the_same_units():
     x = jnp.asarray(RNG.normal(size=(5, 256)), jnp.float32)
 
-    def network(init):
-        def f(x):
-            for key in jax.random.split(jax.random.key(1), 10):
-                x = jaxrelu.relu(x @ init(key, (256, 256), jnp.float32))
-            return x
+    @jax.jit
+    @diagnostics.observe
+    def network(weights, x):
+        for w in weights:
+            x = jaxrelu.relu(x @ w)
+        return x
 
-        _, stats = jax.jit(diagnostics.observe(f))(x)
-        return [np.asarray(s.dead) for s in stats.values()]
+    def dead(init):
+        weights = [init(key, (256, 256), jnp.float32) for key in jax.random.split(jax.random.key(1), 10)]
+        return [np.asarray(s.dead) for s in network(weights, x)[1].values()]
 
-    he, lecun = network(kaiming_normal()), network(jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal"))
+    he, lecun = dead(kaiming_normal()), dead(jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal"))
     assert len(he) == 10
     assert all(0 < dead.sum() < 256 for dead in he)
     np.testing.assert_array_equal(he, lecun)
@@ -221,8 +245,9 @@ def test_bad_arguments_are_refused():
         unit_stats(z, axis=3)
     with pytest.raises(TypeError, match="unit_stats: axis must be an int"):
         unit_stats(z, axis=True)
-    with pytest.raises(TypeError, match="unit_stats: z must be real"):
-        unit_stats(jnp.ones(3, complex))
+    for bad in (jnp.ones(3, complex), jnp.ones(3, bool), None, "z"):
+        with pytest.raises(TypeError, match="unit_stats: z must be a real number or an array"):
+            unit_stats(bad)
 
 
 def mlp(params, x):
@@ -243,16 +268,19 @@ def mlp_params(sizes):
 def test_check_init_names_the_dead():
     params, x = mlp_params([3, 5, 4]), jnp.asarray(RNG.normal(size=(40, 3)), jnp.float32)
     params["params"]["layer_0"]["bias"] = params["params"]["layer_0"]["bias"].at[jnp.array([1, 3])].set(-50.0)
-    params["params"]["layer_1"]["bias"] += 50.0
-    with pytest.warns(UserWarning, match="check_init: relu: 2 of 5 units are dead at birth on 40 examples"):
-        diagnostics.check_init(mlp, params, x)
-    params["params"]["layer_1"]["bias"] -= 100.0
+    params["params"]["layer_1"]["bias"] -= 50.0
     with pytest.warns(UserWarning, match="check_init") as caught:
         diagnostics.check_init(mlp, params, x)
     texts = [str(w.message) for w in caught]
+    assert any("check_init: relu: 2 of 5 units are dead at birth on 40 examples" in text for text in texts)
     assert any("relu_1: 4 of 4 units" in text for text in texts)
     names = ("layer_0/kernel", "layer_0/bias", "layer_1/kernel", "layer_1/bias")
     assert any(all(f"params/{name}" in text for name in names) for text in texts)
+
+
+def test_check_init_of_an_array():
+    with pytest.warns(UserWarning, match="2 of 2 units"), pytest.warns(match="no gradient reaches the first argument;"):
+        diagnostics.check_init(jaxrelu.relu, -jnp.ones((3, 2)))
 
 
 def test_check_init_is_silent_where_all_is_well():

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import jaxrelu
-
 from cases import Case, assert_ulps, derivative, each_case, each_dtype
 
 

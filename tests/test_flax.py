@@ -13,7 +13,6 @@ from flax import nnx
 import jaxrelu
 import jaxrelu.linen
 import jaxrelu.nnx
-
 from cases import Case, each_case
 
 X = np.float32(np.random.default_rng(0).normal(size=(2, 3, 4, 5)) * 4)

@@ -16,7 +16,6 @@ from jax.experimental import jet
 from jax.experimental import pallas as pl
 
 import jaxrelu
-
 from cases import CASES, Case, assert_ulps, derivative, each_case, each_dtype, exp, expm1
 
 POINTS = [-np.inf, -5.0, -1.75, -0.0, 0.0, 1.6, 2.5, 6.0, 7.0, np.inf, np.nan]

@@ -21,11 +21,6 @@ EXAMPLES = [activations, binary_classifier, compare_activations, simple_nets]
 each_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.__name__)
 
 
-@pytest.fixture(autouse=True)
-def strict_promotion():
-    """Leaves JAX's own rules on: the examples use Optax and Flax, which promote."""
-
-
 def run(example, out, capsys, *options):
     """Returns the lines that a quick run prints, having checked the files that it writes."""
     example.main(["--quick", "--out", str(out), *options])
@@ -91,17 +86,15 @@ def test_binary_classifier(tmp_path, capsys):
     lines = run(binary_classifier, tmp_path, capsys)
     found = rows(tmp_path, binary_classifier)
     assert [(row["data"], row["split"], row["epoch"]) for row in found] == [
-        (data, str(split), str(epoch))
-        for data, split in [("random labels", 0), *(("breast cancer", split) for split in range(3))]
-        for epoch in range(1, 11)
+        (data, "0", str(epoch)) for data in ("random labels", "breast cancer") for epoch in range(1, 11)
     ]
-    assert sum(": loss " in line for line in lines) == 40
+    assert sum(": loss " in line for line in lines) == 20
     assert float(found[0]["loss"]) == pytest.approx(math.log(2), abs=0.15)
     assert float(found[9]["loss"]) < 0.6 < math.log(2) < float(found[9]["held_out_loss"])
     assert float(found[9]["held_out_accuracy"]) == pytest.approx(0.5, abs=0.06)  # 2,000 coins
-    accuracy = np.mean([float(row["held_out_accuracy"]) for row in found[19::10]])
+    accuracy = float(found[19]["held_out_accuracy"])
     assert lines[-1] == f"held-out accuracy {100 * accuracy:.1f} %"
-    assert accuracy > 0.95
+    assert accuracy > 0.9
 
 
 def test_breast_cancer_is_standardised_by_what_is_trained_on():
@@ -221,7 +214,22 @@ def test_mistakes_take_one_line(example, tmp_path, capsys):
         assert message in error
 
 
-def test_ctrl_c_leaves_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("example", "function"), [(activations, "draw"), (compare_activations, "time_passes"), (simple_nets, "draw")]
+)
+def test_ctrl_c_leaves_nothing(example, function, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example, function, interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        example.main(["--quick", "--out", str(tmp_path)])
+    assert exit_info.value.code == 130
+    assert capsys.readouterr() == ("", f"interrupted: nothing was written to {tmp_path}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_ctrl_c_leaves_nothing(tmp_path):
     command = [sys.executable, "-u", binary_classifier.__file__, "--out", str(tmp_path)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:

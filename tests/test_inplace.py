@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 import jaxrelu
-from jaxrelu import inplace
-
 from cases import Case, each_case
+from jaxrelu import inplace
 
 ARGUMENTS = {"prelu": (0.25,)}
 X = np.linspace(-8, 8, 1001, dtype=np.float32)

@@ -1,4 +1,5 @@
 import functools
+import gc
 import warnings
 from collections import OrderedDict
 
@@ -15,9 +16,8 @@ from jax.sharding import PartitionSpec as P
 import jaxrelu
 import jaxrelu.linen
 import jaxrelu.nnx
-from jaxrelu.diagnostics import observe, unit_stats
-
 from cases import Case, each_case
+from jaxrelu.diagnostics import check_init, observe, unit_stats
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(7, 3)), jnp.float32)
@@ -42,17 +42,21 @@ def assert_saw(f, *args, names):
     assert_same(out, f(*args))
     assert isinstance(stats, OrderedDict)
     assert list(stats) == names
-    out, jitted = jax.jit(observe(f))(*args)
-    assert_same(out, jax.jit(f)(*args))
+
+    def loss(*args):
+        out = f(*args)
+        return sum((y * y).sum() for y in jax.tree.leaves(out)), out
+
+    def watched(*args):
+        (total, out), stats = observe(loss)(*args)
+        return total, (out, stats)
+
+    (_, (out, jitted)), gradient = jax.jit(jax.value_and_grad(watched, has_aux=True))(*args)
+    (_, expected), exact = jax.jit(jax.value_and_grad(loss, has_aux=True))(*args)
+    assert_same((out, gradient), (expected, exact))
     assert isinstance(jitted, OrderedDict)
     assert list(jitted) == names
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), jitted, stats)
-
-    def loss(*args):
-        return sum((y * y).sum() for y in jax.tree.leaves(f(*args)))
-
-    (_, _), gradient = jax.jit(jax.value_and_grad(observe(loss), has_aux=True))(*args)
-    assert_same(gradient, jax.jit(jax.grad(loss))(*args))
     return stats
 
 
@@ -109,7 +113,8 @@ def test_linen():
     stats = assert_saw(model.apply, variables, X, names=names)
     assert stats["Model/blocks/relu"].fired.shape == (2, 3)
     assert stats["Model/blocks/relu"].count.tolist() == [7, 7]
-    one = assert_saw(lambda v, x: jax.vmap(lambda x: model.apply(v, x))(x), variables, X, names=names)
+    one = jax.jit(observe(jax.vmap(model.apply, in_axes=(None, 0))))(variables, X)[1]
+    assert list(one) == names
     for name in names:
         np.testing.assert_array_equal(one[name].count, stats[name].count)
 
@@ -130,12 +135,46 @@ def test_nnx():
     out, stats = observe(model)(X)
     assert_same(out, model(X))
     assert list(stats) == names
-    assert list(observe(nnx.jit(lambda model, x: model(x)))(model, X)[1]) == names
     # read at each call
     watch, method = observe(model), observe(model.__call__)
     model.layers[0].bias[...] += 100.0
     for watched in (watch, method):
         assert watched(X)[1]["relu"].firing_rate.tolist() == [1.0] * 5
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(3, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return jaxrelu.relu(self.linear(x))
+
+
+def test_nnx_transformations_leave_a_model_as_it_is():
+    block = NnxBlock(nnx.Rngs(0))
+    stack = nnx.vmap(lambda key: NnxBlock(nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 2))
+    call = NnxBlock.__call__
+    for f, model in (
+        (nnx.jit(call), block),
+        (nnx.remat(call), block),
+        (nnx.jit(nnx.remat(call)), block),
+        (nnx.vmap(call, in_axes=(None, 0)), block),
+        (nnx.scan(call, in_axes=(0, nnx.Carry), out_axes=nnx.Carry), stack),
+        (lambda model, x: nnx.cond(x.sum() > 0, call, lambda _, x: x, model, x), block),
+    ):
+        out, stats = observe(f)(model, X)
+        assert list(stats) == ["relu"]
+        np.testing.assert_allclose(out, f(model, X), rtol=1e-6)
+
+
+def test_check_init_of_an_nnx_model():
+    dead = NnxBlock(nnx.Rngs(0))
+    dead.linear.bias[...] -= 99.0
+    with (
+        pytest.warns(UserWarning, match="relu: 3 of 3"),
+        pytest.warns(match="no gradient reaches linear/bias, linear/kernel;"),
+    ):
+        check_init(lambda model, x: model(x), dead, X)
 
 
 def test_a_model_that_changes_its_state_is_refused_and_goes_through_split():
@@ -173,7 +212,7 @@ def test_remat_cond_and_jit():
     def f(x):
         x = jax.checkpoint(lambda x: jaxrelu.relu(x @ W), policy=jax.checkpoint_policies.everything_saveable)(x)
         x = jax.jit(lambda x: jaxrelu.relu6(x @ W))(x)
-        return lax.cond(x.sum() > 1e9, jaxrelu.elu, lambda x: jaxrelu.leaky_relu(x @ W), x)
+        return lax.cond(x.sum() > 1e9, jaxrelu.elu, lambda x: jaxrelu.leaky_relu(x @ W, jnp.float32(0.1)), x)
 
     stats = assert_saw(f, X, names=["relu", "relu6", "leaky_relu", "elu"])
     assert_seen(stats["relu"], X @ W)
@@ -313,6 +352,30 @@ def test_one_trace_for_repeated_calls():
         assert len(calls) <= 1  # the second may find the first one's trace
 
 
+def dense(w, x):
+    return jaxrelu.relu(x @ w)
+
+
+@pytest.mark.parametrize("enter", [lambda f: f, jax.jit, jax.checkpoint])
+def test_arrays_closed_over_are_let_go(enter):
+    for i in range(3):
+        observe(enter(functools.partial(dense, jnp.full((3, 54321), float(i)))))(X)
+    gc.collect()
+    assert not [x.shape for x in jax.live_arrays() if 54321 in x.shape]
+
+
+def test_no_tracer_is_kept():
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def step(w, x):
+        y, stats = observe(jax.jit(lambda x: jaxrelu.relu(x @ w)))(x)
+        return y.sum(), stats
+
+    with jax.checking_leaks():
+        (_, stats), _ = step(W, X)
+    assert_seen(stats["relu"], X @ W)
+
+
 def test_nested():
     def f(x):
         y, stats = observe(lambda x: jaxrelu.relu(x @ W))(x)
@@ -327,10 +390,18 @@ def test_nested():
 
 def test_rank_0_and_1_integers_and_no_examples():
     assert observe(jaxrelu.relu)(jnp.float32(3))[1]["relu"].fired.tolist() == [1]
-    assert observe(jax.vmap(jaxrelu.relu))(X[:, 0])[1]["relu"].count == 7
     assert observe(jaxrelu.relu)(X[0])[1]["relu"].count == 1
     assert observe(jaxrelu.relu)(jnp.array([[-1, 2]]))[1]["relu"].fired.tolist() == [0, 1]
     assert observe(jaxrelu.relu)(X[:0])[1]["relu"].count == 0
+
+
+def test_scalars_under_vmap_are_one_unit_with_a_warning():
+    with pytest.warns(UserWarning, match="observe: relu was given scalars under vmap, so all its units count as one; apply"):
+        stats = observe(jax.vmap(jaxrelu.relu))(X[:, 0])[1]["relu"]
+    assert stats.fired.tolist() == [(X[:, 0] > 0).sum()]
+    assert stats.count == 7
+    with pytest.warns(UserWarning, match="observe: elu was given scalars under vmap"):  # as Equinox's MLP calls it
+        assert jax.jit(observe(jax.vmap(lambda x: jax.vmap(jaxrelu.elu)(x @ W))))(X)[1]["elu"].count == 21
 
 
 def test_observed_function_keeps_its_name_and_must_be_one():

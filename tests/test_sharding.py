@@ -11,7 +11,6 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxrelu
-
 from cases import each_case
 
 COLLECTIVE = re.compile(r"\b(all-\w+|reduce-scatter|collective-\w+)")

@@ -59,6 +59,9 @@ def observe(f: Callable[..., Any]) -> Callable[..., tuple[Any, Stats]]:
     inside scan is one entry, with a leading axis a level. The output is that of `f`, bit for bit; so is its gradient under
     jit, while outside jit it may differ by rounding.
 
+    Where channels come first, as in `equinox.nn.Conv2d`, the last axis of positions is taken for the units. An activation
+    that is mapped over scalars, as in `equinox.nn.MLP`, counts as one unit, with a warning.
+
     `f` is traced, once for the same shapes as by `jax.jit`: arrays that it closes over are read then. A model that is a
     pytree, or whose bound method is passed, is read at each call.
 
@@ -71,10 +74,12 @@ def observe(f: Callable[..., Any]) -> Callable[..., tuple[Any, Stats]]:
         linen, and of the activation: "hidden1/relu". Equal ones are numbered: "relu", "relu_1".
 
     Raises:
+        TypeError: `f` is not callable.
         ValueError: `f` replaces an array in one of its arguments, as a model that changes its own state does.
 
     Warns:
-        UserWarning: an activation's statistics cannot be brought out of where it is called: a while_loop, say.
+        UserWarning: an activation's statistics cannot be brought out of where it is called, a while_loop, say; or it was
+            given scalars under vmap.
 
     Examples:
         >>> import jax, jaxrelu
@@ -86,6 +91,8 @@ def observe(f: Callable[..., Any]) -> Callable[..., tuple[Any, Stats]]:
     if not callable(f):
         raise TypeError(f"observe: f must be a function, got {f!r}; pass the model, not its output")
     traces: dict[_Static, Callable[..., Any]] = {}
+    # its own, as a jaxpr holds the arrays that f closes over
+    interpreted, loses = functools.lru_cache(512)(_interpreted), functools.lru_cache(512)(_loses)
 
     @functools.wraps(f)
     def observed(*args: Any, **kwargs: Any) -> tuple[Any, Stats]:
@@ -98,12 +105,12 @@ def observe(f: Callable[..., Any]) -> Callable[..., tuple[Any, Stats]]:
             traces[key] = jax.make_jaxpr(_function_of_arrays(leaves, tree), return_shape=True)
         arrays = [x for x in leaves if _is_array(x)]
         jaxpr, (out, left) = traces[key](*arrays)
-        if _loses(jaxpr, len(left)):
+        if loses(jaxpr, len(left)):
             raise ValueError(
                 f"observe: {getattr(function, '__name__', type(function).__name__)} replaced an array in one of its "
                 "arguments, which would be lost; return the new state, for nnx models by nnx.split and nnx.merge"
             )
-        results, found = _interpreted(jaxpr)(*arrays)
+        results, found = interpreted(jaxpr)(*arrays)
         stats: Stats = OrderedDict()
         for entry in found:
             stats[_unused(entry.name, stats)] = entry.stats
@@ -154,9 +161,8 @@ def _unused(name: str, names: Iterable[str]) -> str:
     return next(candidate for candidate in numbered if candidate not in taken)
 
 
-@functools.lru_cache(maxsize=512)
 def _interpreted(jaxpr: Any) -> _Step:
-    """Returns the jaxpr as a function to its outputs and what was found. Cached: what a step jits is compiled once."""
+    """Returns the jaxpr as a function to its outputs and what was found, to be kept: what a step jits is compiled once."""
     constants, jaxpr = getattr(jaxpr, "consts", ()), _open(jaxpr)
     # dead equations are left by some transformations of Flax, and would be seen as layers
     live, steps = {v for v in jaxpr.outvars if isinstance(v, core.Var)}, []
@@ -182,7 +188,6 @@ def _interpreted(jaxpr: Any) -> _Step:
     return run
 
 
-@functools.lru_cache(maxsize=512)
 def _loses(jaxpr: Any, number: int) -> bool:
     """Returns whether the last outputs, the arguments as the call left them, are neither what they were nor returned."""
     jaxpr = _open(jaxpr)
@@ -194,9 +199,9 @@ def _loses(jaxpr: Any, number: int) -> bool:
 
 
 def _origin(jaxpr: core.Jaxpr, v: Any) -> Any:
-    """Returns the variable of which this one is the very value, where jits pass it through, as `nnx.jit` does."""
+    """Returns the variable of which this one is the very value, where jit and remat pass it through, as Flax nnx's do."""
     for eqn in reversed(jaxpr.eqns):
-        if eqn.primitive is primitives.jit_p and v in eqn.outvars:
+        if eqn.primitive.name in ("jit", "remat2") and v in eqn.outvars:
             body = _open(eqn.params["jaxpr"])
             inside = _origin(body, body.outvars[eqn.outvars.index(v)])
             if inside in body.invars:
@@ -227,6 +232,9 @@ def _step(eqn: core.JaxprEqn) -> _Step:
         function, axes, name = _core(eqn.params["jaxpr"]), _unit_axes(eqn), eqn.params["name"].removeprefix(TAG)
 
         def activation(*args: Any) -> tuple[Sequence[Any], list[_Entry]]:
+            if axes is None and jnp.ndim(args[0]):
+                given = "was given scalars under vmap, so all its units count as one; apply it to vectors"
+                warnings.warn(f"observe: {name} {given}", stacklevel=2)
             return bind(*args)[0], [_Entry(statistics(*map(lax.stop_gradient, args), function=function, axes=axes), name)]
 
         return activation
@@ -256,12 +264,8 @@ def _activations_in(eqn: core.JaxprEqn) -> frozenset[str]:
     """Returns the names of the activations that an equation is or calls."""
     if _tagged(eqn):
         return frozenset({eqn.params["name"].removeprefix(TAG)} - {"statistics"})
-    return frozenset().union(*map(_activations, core.jaxprs_in_params(eqn.params)))
-
-
-@functools.lru_cache(maxsize=4096)
-def _activations(jaxpr: core.Jaxpr) -> frozenset[str]:
-    return frozenset().union(*map(_activations_in, jaxpr.eqns))
+    bodies = core.jaxprs_in_params(eqn.params)
+    return frozenset().union(*(_activations_in(inner) for body in bodies for inner in body.eqns))
 
 
 def _tagged(eqn: core.JaxprEqn) -> bool:

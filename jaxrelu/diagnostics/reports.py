@@ -83,7 +83,8 @@ def check_init(f: Callable[..., Any], *args: Any) -> None:
     """Warns of units that are dead at birth and of parameters without a gradient, before any training.
 
     Args:
-        f: a model: a function of its parameters first.
+        f: a model: a function of its parameters first. An nnx model holds its own: `check_init(lambda model, x: model(x),
+            model, batch)`.
         *args: the parameters, and a batch large enough to tell a dead unit from a rare one.
 
     Warns:
@@ -106,7 +107,7 @@ def check_init(f: Callable[..., Any], *args: Any) -> None:
         leaves = [jnp.asarray(x) for x in jax.tree.leaves(f(*inputs)) if isinstance(x, (jax.Array, np.ndarray))]
         return sum((x.astype(jnp.float32).sum() for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)), jnp.float32(0))
 
-    silent = [path for path, gradient in _gradients(total, *args) if not gradient.any()]
+    silent = [path or "the first argument" for path, gradient in _gradients(total, *args) if not gradient.any()]
     if silent:
         warnings.warn(f"check_init: no gradient reaches {', '.join(silent)}; all units behind may be dead", stacklevel=2)
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,10 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from jaxrelu import _arguments as checked
 from jaxrelu import functions
 
+_Stats = TypeVar("_Stats")
 _ROWS = 128  # rows summed at once: four counts of up to 255 share one uint32, and short sums stay accurate
 _SAMPLES = 16  # rows whose mean is subtracted before the variance is taken
 
@@ -187,9 +189,7 @@ def unit_stats(z: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) 
         >>> stats.dead, stats.firing_rate, stats.margin
         (Array([False,  True], dtype=bool), Array([0.5, 0. ], dtype=float32), Array([ 1., -2.], dtype=float32))
     """
-    z = jnp.asarray(z)
-    if not (jnp.issubdtype(z.dtype, jnp.floating) or jnp.issubdtype(z.dtype, jnp.integer)):
-        raise TypeError(f"unit_stats: z must be real numbers, got dtype {z.dtype}; cast it to a float dtype")
+    z = jnp.asarray(checked.real("unit_stats", "z", z))
     if isinstance(axis, bool) or not isinstance(axis, int):
         raise TypeError(f"unit_stats: axis must be an int, got {axis!r}; pass the axis of the units")
     if not -max(z.ndim, 1) <= axis < max(z.ndim, 1):
@@ -209,18 +209,21 @@ def unit_stats(z: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) 
     return statistics(z, function=functions.relu, where=where, axes=(axis, axis) if z.ndim else None)
 
 
-def merge(a: UnitStats, b: UnitStats) -> UnitStats:
+def merge(a: _Stats, b: _Stats) -> _Stats:
     """Returns the statistics of what `a` and `b` have seen together.
 
     Associative, up to rounding of means and variance; statistics that have seen nothing change nothing. The mean is Chan's,
     carried as two floats.
 
     Args:
-        a: statistics of the same layer as `b`, with the same shapes.
-        b: the other ones.
+        a: UnitStats, or a pytree of them as `observe` returns.
+        b: the same of the same layers.
 
     Returns:
-        Statistics with the shapes of `a`.
+        The same pytree.
+
+    Raises:
+        ValueError: two layers differ in shape, or `a` and `b` in structure.
 
     References:
         Chan, Golub and LeVeque 1983, Algorithms for computing the sample variance.
@@ -229,7 +232,19 @@ def merge(a: UnitStats, b: UnitStats) -> UnitStats:
 
 
 @jax.jit
-def _merge(a: UnitStats, b: UnitStats) -> UnitStats:
+def _merge(a: Any, b: Any) -> Any:
+    return jax.tree.map(_merged, a, b, is_leaf=_is_stats)
+
+
+def _is_stats(x: object) -> bool:
+    return isinstance(x, UnitStats)
+
+
+def _merged(a: UnitStats, b: UnitStats) -> UnitStats:
+    if a.min.shape != b.min.shape:
+        raise ValueError(
+            f"merge: a and b must have units of the same shape, got {a.min.shape} and {b.min.shape}; merge layer by layer"
+        )
     dtype = a.min.dtype
     a_count, b_count = (x.totals.seen.floating(dtype)[..., None] for x in (a, b))
     total = jnp.maximum(a_count + b_count, 1)
@@ -278,10 +293,7 @@ def all_reduce(stats: Any, axis_name: Any) -> Any:
             rest -= half
         return _part(gathered, 0)
 
-    def is_stats(x: object) -> bool:
-        return isinstance(x, UnitStats)
-
-    return jax.tree.map(fold, stats, is_leaf=is_stats)
+    return jax.tree.map(fold, stats, is_leaf=_is_stats)
 
 
 def _part(stats: UnitStats, index: Any) -> UnitStats:
@@ -338,7 +350,9 @@ def _reduced(z: Array, h: Array, slope: Array, where: Array | None, *, axes: tup
     if where is None:
         count = _Count(jnp.uint32(n & 0xFFFFFFFF), jnp.uint32(n >> 32))
         low = high = z
-        shift = _shift(z[:: max(1, n // _SAMPLES)], None)
+        # multiples of the golden ratio, as equal steps may all fall on the same position of the examples
+        rows = (np.arange(1, 1 + min(n, _SAMPLES)) * 0.6180339887 % 1 * n).astype(int)
+        shift = _shift(z[rows], None)
         centred = z - shift
     else:
         shown = where.reshape(n, 1)

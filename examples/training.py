@@ -1,0 +1,42 @@
+"""What the examples share of training: the order of the images, and a step of a classifier on a batch of them."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+import digits
+from jaxrelu.diagnostics import UnitStats, observe
+
+
+def batches(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+    """Returns the indices of an epoch's batches, (count // size, size), in random order.
+
+    Every batch is full, so that a step is compiled once; the examples left over are others each time.
+    """
+    return rng.permutation(count)[: count // size * size].reshape(-1, size)
+
+
+def observed(model: nnx.Module, images: Array) -> tuple[Array, dict[str, UnitStats]]:
+    """Returns the logits, and the statistics of each layer that has an activation, by the layer's name."""
+    logits, stats = observe(model)(images)
+    return logits, {producer: found for (producer, _), found in zip(model.EDGES, stats.values(), strict=True)}
+
+
+@functools.partial(nnx.jit, static_argnames="recycling")
+def train_step(
+    model: nnx.Module, optimizer: nnx.Optimizer, key: Array, images: Array, labels: Array, recycling: bool = False
+) -> tuple[Array, Array]:
+    """Updates the model on a batch, shifted at random; returns the loss and the norm of its gradient."""
+    images = digits.random_shift(jax.random.fold_in(key, optimizer.step[...]), images)
+
+    def loss(model: nnx.Module) -> tuple[Array, dict[str, UnitStats]]:
+        logits, stats = observed(model, images) if recycling else (model(images), {})
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), stats
+
+    (value, stats), gradients = nnx.value_and_grad(loss, has_aux=True)(model)
+    optimizer.update(model, gradients, **({"stats": stats} if recycling else {}))
+    return value, optax.tree.norm(gradients)
