@@ -17,10 +17,10 @@ PROMOTING = (
     "test_benchmark",
     "test_gallery_networks",
     "test_gallery_training",
+    "test_gallery_units",
     "test_memory",
     "test_readme",
     "test_train_digits",
-    "test_unit_examples",
 )
 
 

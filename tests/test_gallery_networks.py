@@ -1,10 +1,6 @@
 import csv
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +12,6 @@ import binary_classifier
 import compare_activations
 import simple_nets
 from compare_activations import Trained
-
-EXAMPLES = [activations, binary_classifier, compare_activations, simple_nets]
-each_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.__name__)
 
 
 def run(example, out, capsys, *options):
@@ -194,48 +187,3 @@ def test_the_figures_missed_are_named():
     assert miss(("centred", 3, "relu6"), quick=True, accuracy=0.89) == ""
     assert "sigmoid must stall" in miss(("centred", 10, "sigmoid"), accuracy=0.7)
     assert "above identity" in miss(("moved", 3, "identity"), accuracy=0.94)
-
-
-@each_example
-def test_mistakes_take_one_line(example, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    for options, message in (
-        (["--out", str(tmp_path / "file")], "argument --out: must be a directory to write to"),
-        (["--seed", "-1"], "argument --seed: must be an integer of at least 0"),
-        (["--quicker"], "--quicker"),
-    ):
-        with pytest.raises(SystemExit) as exit_info:
-            example.main(options)
-        assert exit_info.value.code == 2
-        out, error = capsys.readouterr()
-        assert out == ""
-        assert error.count("\n") == 1
-        assert error.startswith(f"{example.__name__}.py: error: ")
-        assert message in error
-
-
-@pytest.mark.parametrize(
-    ("example", "function"), [(activations, "draw"), (compare_activations, "time_passes"), (simple_nets, "draw")]
-)
-def test_ctrl_c_leaves_nothing(example, function, tmp_path, monkeypatch, capsys):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(example, function, interrupted)
-    with pytest.raises(SystemExit) as exit_info:
-        example.main(["--quick", "--out", str(tmp_path)])
-    assert exit_info.value.code == 130
-    assert capsys.readouterr() == ("", f"interrupted: nothing was written to {tmp_path}\n")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_real_ctrl_c_leaves_nothing(tmp_path):
-    command = [sys.executable, "-u", binary_classifier.__file__, "--out", str(tmp_path)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout.readline().startswith("random labels")
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert error == f"interrupted: nothing was written to {tmp_path}\n"
-    assert list(tmp_path.iterdir()) == []

@@ -10,9 +10,6 @@ import relu6_convnet
 import relu_prime
 import stable_training
 
-PROGRAMS = (relu6_convnet, stable_training, relu_prime)
-each_program = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
-
 
 def run(program, out, capsys):
     """Returns what a quick run prints, and the rows of its CSV files by name; checks which files it leaves."""
@@ -84,35 +81,6 @@ def test_the_assigned_rule_is_the_wrong_one():
     for rule, at_zero in (("scaled", 35.0), ("assigned", 5.0)):
         _, vjp = jax.vjp(lambda x, rule=rule: relu_prime.RULES[rule](x, kink=5.0), x)
         assert vjp(jnp.array([7.0, 7.0, 7.0]))[0].tolist() == [0.0, at_zero, 7.0]
-
-
-@each_program
-def test_bad_option_is_refused_in_one_line(program, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    for options in (["--seed=-1"], ["--out="], ["--quik"], ["--out", str(tmp_path / "file")]):
-        with pytest.raises(SystemExit) as exit_info:
-            program.main(options)
-        assert exit_info.value.code == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith(f"{program.__name__}.py: error: ")
-        assert err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("program", "function"), [(relu6_convnet, "examine"), (stable_training, "train"), (relu_prime, "accuracies")]
-)
-def test_ctrl_c_leaves_nothing(program, function, tmp_path, monkeypatch, capsys):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(program, function, interrupted)
-    monkeypatch.setattr(relu_prime, "share_of_minibatches", lambda *args: 1.0)
-    with pytest.raises(SystemExit) as exit_info:
-        program.main(["--quick", "--out", str(tmp_path / "out")])
-    assert exit_info.value.code == 130
-    assert capsys.readouterr().err.splitlines()[-1].endswith(f"interrupted: nothing was written to {tmp_path}/out")
-    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_missed_figure_ends_with_code_1(tmp_path, monkeypatch, capsys):
