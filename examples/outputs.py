@@ -1,4 +1,4 @@
-"""The output directory of the examples: a run's files appear whole and together, and Ctrl-C leaves nothing half-written."""
+"""The output directory of the examples: a run's files appear whole, at its end, and Ctrl-C leaves nothing half-written."""
 
 import contextlib
 import csv
@@ -37,9 +37,9 @@ class Outputs:
     def publish(self, *names: str) -> None:
         """Moves files or folders from scratch to the directory, in place of a former run's."""
         for name in names:
-            if (self.out / name).exists():  # a directory with files cannot be replaced, only moved away
+            if (self.out / name).is_dir():  # a directory with files cannot be replaced, only moved away
                 (self.out / name).rename(self.scratch / f"former {name}")
-            (self.scratch / name).rename(self.out / name)
+            (self.scratch / name).replace(self.out / name)
         self.kept = f"{self.out} holds {', '.join(names)}"
 
 

@@ -44,6 +44,7 @@ def _jit(core: Callable[..., Array], name: str, static_argnums: int | tuple[int,
 
 
 def _mark(x: Array) -> Array:
+    x = jnp.asarray(x)  # a Python number while jit is disabled
     return lax.split(x, x.shape[-1:], axis=x.ndim - 1)[0] if x.ndim else x
 
 
@@ -375,21 +376,21 @@ def _only_at_kink(at_kink: Array, kink: float, g: Array) -> Array:
 
 
 def _expm1(x: Array) -> Array:
-    """Returns expm1(x) for x <= 0, and anything above."""
+    """Returns expm1(x) for x <= 0, and a number from -1 to 0 above."""
     return _below_zero(jnp.expm1, lambda power, rest: power * rest + (power - 1), x)
 
 
 @jax.custom_jvp
 def _exp(x: Array) -> Array:
-    """Returns exp(min(x, 0)), with derivative 0 at 0."""
-    return _below_zero(jnp.exp, lambda power, rest: power * rest + power, jnp.minimum(x, 0))
+    """Returns exp(x) for x <= 0, and a number from 0 to 1 above, with derivative 0 from 0 on."""
+    return _below_zero(jnp.exp, lambda power, rest: power * rest + power, x)
 
 
 @_exp.defjvp
 def _exp_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x,), (g,) = primals, tangents
     y = _exp(x)
-    return y, jnp.where(x < 0, y, jnp.zeros_like(y)) * g
+    return y, jnp.where(x >= 0, jnp.zeros_like(y), y) * g
 
 
 def _below_zero(function: Callable[[Array], Array], combine: Callable[[Array, Array], Array], x: Array) -> Array:
@@ -403,22 +404,20 @@ def _below_zero(function: Callable[[Array], Array], combine: Callable[[Array, Ar
         return function(jnp.minimum(x, 0))
 
     def own(x: Array) -> Array:
-        x = jnp.maximum(x, -88.0)  # there n = -127 and 2^n, written as bits, is 0; NaN passes
+        # at -88, n = -127 and 2^n, written as bits, is 0; -|x| costs less than a bound at 0; NaN passes both
+        x = jnp.maximum(-jnp.abs(x), -88.0)
         # adding 1.5 * 2^23 rounds to an integer; it is read from the sum's bits, as XLA may fold (x + c) - c to x
         shifted = x * np.float32(1 / math.log(2)) + np.float32(1.5 * 2**23)
         n = lax.bitcast_convert_type(shifted, jnp.int32) - np.float32(1.5 * 2**23).view(np.int32)
         # ln 2 = 355 / 512 - 2.12e-4, the first part short enough for an exact product with n
         r = (x - n.astype(jnp.float32) * np.float32(355 / 512)) - n.astype(jnp.float32) * np.float32(math.log(2) - 355 / 512)
         # in pairs, which wait less for each other than Horner's scheme
-        a, b, c, d, e, f = map(np.float32, _EXPM1)
-        square = r * r
+        square, (a, b, c, d, e, f) = r * r, map(np.float32, _EXPM1)
         q = (a + b * r) + square * ((c + d * r) + square * (e + f * r))
         return combine(lax.bitcast_convert_type((n + 127) << 23, jnp.float32), r + square * q)
 
-    if x.dtype != jnp.float32:
-        return plain(x)
     # the polynomial takes more memory on a TPU
-    return lax.platform_dependent(x, tpu=plain, default=own)
+    return lax.platform_dependent(x, tpu=plain, default=own) if x.dtype == jnp.float32 else plain(x)
 
 
 # of (expm1(r) - r) / r^2, by rising powers of r
@@ -440,6 +439,7 @@ def _cast(x: Array, like: Array) -> Array:
 
 def _align(parameter: Array, x: Array, axis: int | None = None) -> Array:
     """Returns parameter in float32 or wider, with as many axes as x."""
+    parameter = jnp.asarray(parameter)  # a Python number while jit is disabled
     wide = _widen(parameter) if jnp.issubdtype(parameter.dtype, jnp.floating) else parameter.astype(jnp.float32)
     shape = [1] * x.ndim
     if axis is None or wide.ndim == 0:

@@ -24,6 +24,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxrelu import _arguments as checked
 from jaxrelu import functions
 
 
@@ -39,6 +40,8 @@ def leaky_relu(x: Array, negative_slope: ArrayLike = 0.01, *, kink: float = 0.0)
 
 def prelu(x: Array, negative_slope: ArrayLike, *, axis: int | None = None, kink: float = 0.0) -> Array:
     """`jaxrelu.prelu` in the buffer of `x`. Raises TypeError for an `x` that is not a JAX array of floats."""
+    if checked.is_number(negative_slope):
+        negative_slope = jnp.asarray(negative_slope)  # traced as in jaxrelu.prelu: a new slope compiles nothing
     return _run(functions.prelu, x, negative_slope, axis=axis, kink=kink)
 
 
@@ -61,19 +64,22 @@ def _run(function: Callable[..., Array], x: Any, *parameter: Any, **options: Any
             f"inplace.{name}: x must be a JAX array{' of floats' if floats else ''}, as the output takes over its buffer, "
             f"got {got}; use jaxrelu.{name}"
         )
-    # all but arrays is static, so that the function sees numbers as numbers and refuses what it does not take
-    static = tuple(value for value in parameter if not hasattr(value, "shape") or isinstance(value, np.generic))
+    # all but arrays is static, so that the function sees numbers as numbers and refuses what it does not take; the type is
+    # static too, as True equals 1
+    numbers = [value for value in parameter if not hasattr(value, "shape") or isinstance(value, np.generic)]
+    static = tuple((type(value), value) for value in numbers)
+    items = tuple((name, type(value), value) for name, value in options.items())
     try:
-        hash((static, *options.values()))
+        hash((static, items))
     except TypeError:
         return function(x, *parameter, **options)  # refuses it with a message of its own
-    return _donating(x, parameter[len(static) :], function, static, tuple(options.items()))
+    return _donating(x, parameter[len(static) :], function, static, items)
 
 
 def _apply(
-    x: Array, arrays: tuple[Any, ...], function: Callable[..., Array], static: tuple[Any, ...], options: tuple[Any, ...]
+    x: Array, arrays: tuple[Any, ...], function: Callable[..., Array], static: tuple[Any, ...], items: tuple[Any, ...]
 ) -> Array:
-    return function(x, *static, *arrays, **dict(options))
+    return function(x, *(value for _, value in static), *arrays, **{name: value for name, _, value in items})
 
 
 _donating: Callable[..., Array] = jax.jit(_apply, static_argnums=(2, 3, 4), donate_argnums=0)

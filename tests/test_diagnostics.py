@@ -145,6 +145,11 @@ def test_dormancy_has_no_scale_and_a_dead_layer_has_none(dtype):
     assert dead.margin.tolist() == [-1.0, -1.0, -3.0]
 
 
+def test_merge_of_something_else_is_refused():
+    with pytest.raises(TypeError, match="merge: a and b must be UnitStats or pytrees of them, got int and int"):
+        merge(1, 2)
+
+
 def test_merge_with_nothing_seen_changes_nothing():
     (z,) = map(jnp.asarray, batches([13], 1e4, jnp.float32))
     z = z.at[0, 0].set(jnp.inf)

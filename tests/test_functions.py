@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import jet
+from jax.experimental import checkify, jet
 from jax.experimental import pallas as pl
 
 import jaxrelu
@@ -380,6 +380,22 @@ def test_public_functions_are_plain(case: Case):
     assert hash(function) == hash(getattr(jaxrelu, case.name))
     assert next(iter(inspect.signature(function).parameters)) == "x"
     assert function.__annotations__["return"] is jax.Array
+
+
+@each_case
+def test_without_jit(case: Case):
+    with jax.disable_jit():
+        assert case.function(2.0) == 2.0
+        value, slope = jax.value_and_grad(case.function)(jnp.float32(-1.5))
+    np.testing.assert_allclose((value, slope), (case.function(-1.5), jax.grad(case.function)(-1.5)), rtol=1e-6)
+
+
+@each_case
+def test_unselected_sides_stay_finite(case: Case):
+    x = jnp.float32([-3e38, -89.0, -1.0, 0.0, 1.0, 88.9, 129.0, 3e38])
+    checked = checkify.checkify(lambda x: jax.vjp(case.function, x)[1](jnp.ones_like(x)), errors=checkify.float_checks)
+    error, _ = checked(x)
+    error.throw()
 
 
 def test_every_function_has_a_row():

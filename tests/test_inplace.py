@@ -102,3 +102,24 @@ def test_errors_are_those_of_the_functions():
         inplace.leaky_relu(jnp.ones(3), "a")
     with pytest.raises(ValueError, match="elu: save must be"):
         inplace.elu(jnp.ones(3), save=["output"])
+
+
+def test_equal_numbers_of_another_type_are_refused():
+    x = np.ones((2, 3), np.float32)
+    inplace.relu(jnp.array(x), kink=1)
+    with pytest.raises(TypeError, match="kink must be a Python number"):
+        inplace.relu(jnp.array(x), kink=True)
+    inplace.prelu(jnp.array(x), np.ones(3), axis=1)
+    with pytest.raises(TypeError, match="axis must be an int"):
+        inplace.prelu(jnp.array(x), np.ones(3), axis=1.0)
+    inplace.leaky_relu(jnp.array(x), 1)
+    with pytest.raises(TypeError, match="negative_slope must be a real number"):
+        inplace.leaky_relu(jnp.array(x), True)
+
+
+def test_a_new_slope_of_prelu_compiles_nothing():
+    inplace.prelu(jnp.ones(3), 0.1)
+    size = inplace._donating._cache_size()
+    for slope in (0.2, 0.3):
+        inplace.prelu(jnp.ones(3), slope)
+    assert inplace._donating._cache_size() == size

@@ -223,6 +223,7 @@ def merge(a: _Stats, b: _Stats) -> _Stats:
         The same pytree.
 
     Raises:
+        TypeError: `a` or `b` is neither.
         ValueError: two layers differ in shape, or `a` and `b` in structure.
 
     References:
@@ -241,6 +242,11 @@ def _is_stats(x: object) -> bool:
 
 
 def _merged(a: UnitStats, b: UnitStats) -> UnitStats:
+    if not (_is_stats(a) and _is_stats(b)):
+        raise TypeError(
+            f"merge: a and b must be UnitStats or pytrees of them, got {type(a).__name__} and {type(b).__name__}; pass what "
+            "unit_stats or observe returned"
+        )
     if a.min.shape != b.min.shape:
         raise ValueError(
             f"merge: a and b must have units of the same shape, got {a.min.shape} and {b.min.shape}; merge layer by layer"
