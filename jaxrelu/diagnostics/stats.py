@@ -229,6 +229,11 @@ def merge(a: _Stats, b: _Stats) -> _Stats:
     References:
         Chan, Golub and LeVeque 1983, Algorithms for computing the sample variance.
     """
+    if not all(map(_is_stats, jax.tree.leaves((a, b), is_leaf=_is_stats))):
+        raise TypeError(
+            f"merge: a and b must be UnitStats or pytrees of them, got {type(a).__name__} and {type(b).__name__}; pass what "
+            "unit_stats or observe returned"
+        )
     return _merge(a, b)
 
 
@@ -242,11 +247,6 @@ def _is_stats(x: object) -> bool:
 
 
 def _merged(a: UnitStats, b: UnitStats) -> UnitStats:
-    if not (_is_stats(a) and _is_stats(b)):
-        raise TypeError(
-            f"merge: a and b must be UnitStats or pytrees of them, got {type(a).__name__} and {type(b).__name__}; pass what "
-            "unit_stats or observe returned"
-        )
     if a.min.shape != b.min.shape:
         raise ValueError(
             f"merge: a and b must have units of the same shape, got {a.min.shape} and {b.min.shape}; merge layer by layer"
