@@ -340,7 +340,8 @@ def test_inside_a_pallas_kernel(case: Case):
 @pytest.mark.xfail(reason="jax.experimental.jet has no rule for custom_jvp functions", strict=True)
 @each_case
 def test_jet(case: Case):
-    jet.jet(case.function, (jnp.float32(1.5),), ((jnp.float32(1.0), jnp.float32(0.0)),))
+    value, series = jet.jet(case.function, (jnp.float32(1.5),), ((jnp.float32(1.0), jnp.float32(0.0)),))
+    assert (value, *series) == (1.5, 1.0, 0.0)
 
 
 @contextlib.contextmanager
