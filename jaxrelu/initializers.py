@@ -13,6 +13,8 @@ from scipy import integrate
 
 from jaxrelu.functions import relu
 
+__all__ = ["gain", "kaiming_normal", "kaiming_uniform"]
+
 _quad: Callable[..., tuple[float, float]] = integrate.quad
 
 Mode = Literal["fan_in", "fan_out", "fan_avg"]
@@ -105,7 +107,8 @@ def kaiming_normal(
         >>> initializers.kaiming_normal()(jax.random.key(0), (64, 128)).shape
         (64, 128)
     """
-    return _kaiming("kaiming_normal", "normal", activation, mode, in_axis, out_axis, batch_axis, dtype)
+    scale = _scale("kaiming_normal", activation, mode)
+    return variance_scaling(scale, mode, "normal", in_axis, out_axis, batch_axis, dtype)
 
 
 def kaiming_uniform(
@@ -127,20 +130,11 @@ def kaiming_uniform(
         >>> initializers.kaiming_uniform(jaxrelu.elu)(jax.random.key(0), (3, 3, 8, 16)).shape
         (3, 3, 8, 16)
     """
-    return _kaiming("kaiming_uniform", "uniform", activation, mode, in_axis, out_axis, batch_axis, dtype)
+    scale = _scale("kaiming_uniform", activation, mode)
+    return variance_scaling(scale, mode, "uniform", in_axis, out_axis, batch_axis, dtype)
 
 
-def _kaiming(
-    function: str,
-    distribution: Literal["normal", "uniform"],
-    activation: Callable[[Array], Array],
-    mode: Mode,
-    in_axis: int | Sequence[int],
-    out_axis: int | Sequence[int],
-    batch_axis: int | Sequence[int],
-    dtype: DTypeLike | None,
-) -> Initializer:
+def _scale(function: str, activation: Callable[[Array], Array], mode: Mode) -> float:
     if mode not in ("fan_in", "fan_out", "fan_avg"):
         raise ValueError(f'{function}: mode must be "fan_in", "fan_out" or "fan_avg", got {mode!r}')
-    scale = gain(activation, backward=mode == "fan_out") ** 2
-    return variance_scaling(scale, mode, distribution, in_axis, out_axis, batch_axis, dtype)
+    return gain(activation, backward=mode == "fan_out") ** 2
