@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+__all__ = ["fitting", "floating", "is_number", "kink", "number", "real"]
+
 
 def kink(function: str, kink: object) -> float:
     """Returns kink as a float if it is a finite Python number."""

@@ -9,8 +9,10 @@ from jax import Array
 from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxrelu import _arguments as checked
+from jaxrelu import _checked as checked
 from jaxrelu import functions
+
+__all__ = ["apply", "initializer", "parameter_shape"]
 
 
 def parameter_shape(num_parameters: object, **dtypes: DTypeLike | None) -> tuple[int, ...]:

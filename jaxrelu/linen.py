@@ -8,15 +8,13 @@ from jax import Array
 from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxrelu import _prelu, functions
+from jaxrelu import _flax, functions
+
+__all__ = ["ELU", "LeakyReLU", "PReLU", "ReLU", "ReLU6"]
 
 
 class ReLU(nn.Module):
-    """`jaxrelu.relu` as a module.
-
-    Attributes:
-        kink: the derivative at 0.
-    """
+    """`jaxrelu.relu` as a module, which takes the options of the function."""
 
     kink: float = 0.0
 
@@ -25,12 +23,7 @@ class ReLU(nn.Module):
 
 
 class LeakyReLU(nn.Module):
-    """`jaxrelu.leaky_relu` as a module.
-
-    Attributes:
-        negative_slope: slope for x < 0, a number.
-        kink: where the derivative at 0 lies between the two sides.
-    """
+    """`jaxrelu.leaky_relu` as a module, which takes the options of the function."""
 
     negative_slope: float = 0.01
     kink: float = 0.0
@@ -43,12 +36,12 @@ class PReLU(nn.Module):
     """`jaxrelu.prelu` with its slope as the parameter `negative_slope`.
 
     Attributes:
-        num_parameters: 1 for one slope (a parameter of shape `()`), or C for one a channel (shape `(C,)`).
+        num_parameters: 1 for one slope (a parameter of shape `()`), or C for one per channel (shape `(C,)`).
         axis: the channels' axis in the input, if there is more than one slope.
         negative_slope_init: a number, or a JAX initializer; `nn.with_partitioning` adds sharding metadata.
         dtype: if given, the input and the slope are cast to it.
         param_dtype: the dtype of the parameter.
-        kink: where the derivative at 0 lies between the two sides.
+        kink: places the derivative at 0 between that for x < 0 (kink 0) and that for x > 0 (kink 1).
 
     Raises:
         TypeError: `num_parameters` is no positive int, or `dtype` or `param_dtype` no float dtype; or, in the call,
@@ -71,24 +64,18 @@ class PReLU(nn.Module):
     kink: float = 0.0
 
     def __post_init__(self) -> None:
-        _prelu.parameter_shape(self.num_parameters, dtype=self.dtype, param_dtype=self.param_dtype)
+        _flax.parameter_shape(self.num_parameters, dtype=self.dtype, param_dtype=self.param_dtype)
         super().__post_init__()
 
     @nn.compact
     def __call__(self, x: ArrayLike) -> Array:
-        init = _prelu.initializer(self.negative_slope_init)
-        slope = self.param("negative_slope", init, _prelu.parameter_shape(self.num_parameters), self.param_dtype)
-        return _prelu.apply(x, slope, self.axis, self.dtype, self.kink)
+        init = _flax.initializer(self.negative_slope_init)
+        slope = self.param("negative_slope", init, _flax.parameter_shape(self.num_parameters), self.param_dtype)
+        return _flax.apply(x, slope, self.axis, self.dtype, self.kink)
 
 
 class ELU(nn.Module):
-    """`jaxrelu.elu` as a module.
-
-    Attributes:
-        alpha: minus the value at -inf, a number.
-        kink: where the derivative at 0 lies between the two sides.
-        save: what the backward pass keeps, "input" or "output".
-    """
+    """`jaxrelu.elu` as a module, which takes the options of the function."""
 
     alpha: float = 1.0
     kink: float = 0.0
@@ -99,11 +86,7 @@ class ELU(nn.Module):
 
 
 class ReLU6(nn.Module):
-    """`jaxrelu.relu6` as a module.
-
-    Attributes:
-        kink: the derivative at 0 and at 6.
-    """
+    """`jaxrelu.relu6` as a module, which takes the options of the function."""
 
     kink: float = 0.0
 

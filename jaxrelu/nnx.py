@@ -10,15 +10,13 @@ from jax import Array
 from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxrelu import _prelu, functions
+from jaxrelu import _flax, functions
+
+__all__ = ["ELU", "LeakyReLU", "PReLU", "ReLU", "ReLU6"]
 
 
 class ReLU(nnx.Module):
-    """`jaxrelu.relu` as a module.
-
-    Args:
-        kink: the derivative at 0.
-    """
+    """`jaxrelu.relu` as a module, which takes the options of the function."""
 
     def __init__(self, *, kink: float = 0.0) -> None:
         self.kink = kink
@@ -28,12 +26,7 @@ class ReLU(nnx.Module):
 
 
 class LeakyReLU(nnx.Module):
-    """`jaxrelu.leaky_relu` as a module.
-
-    Args:
-        negative_slope: slope for x < 0, a number.
-        kink: where the derivative at 0 lies between the two sides.
-    """
+    """`jaxrelu.leaky_relu` as a module, which takes the options of the function."""
 
     def __init__(self, negative_slope: float = 0.01, *, kink: float = 0.0) -> None:
         self.negative_slope = negative_slope
@@ -47,12 +40,12 @@ class PReLU(nnx.Module):
     """`jaxrelu.prelu` with its slope as the parameter `negative_slope`.
 
     Args:
-        num_parameters: 1 for one slope (a parameter of shape `()`), or C for one a channel (shape `(C,)`).
+        num_parameters: 1 for one slope (a parameter of shape `()`), or C for one per channel (shape `(C,)`).
         axis: the channels' axis in the input, if there is more than one slope.
         negative_slope_init: a number, or a JAX initializer.
         dtype: if given, the input and the slope are cast to it.
         param_dtype: the dtype of the parameter.
-        kink: where the derivative at 0 lies between the two sides.
+        kink: places the derivative at 0 between that for x < 0 (kink 0) and that for x > 0 (kink 1).
         negative_slope_metadata: metadata of the parameter, e.g. `{"out_sharding": ("model",)}`.
         rngs: needed only by a random `negative_slope_init`; its stream is "params".
 
@@ -80,8 +73,8 @@ class PReLU(nnx.Module):
         negative_slope_metadata: Mapping[str, Any] = MappingProxyType({}),
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        shape = _prelu.parameter_shape(num_parameters, dtype=dtype, param_dtype=param_dtype)
-        init = _prelu.initializer(negative_slope_init)
+        shape = _flax.parameter_shape(num_parameters, dtype=dtype, param_dtype=param_dtype)
+        init = _flax.initializer(negative_slope_init)
         key: Any = None if rngs is None else rngs.params()
         try:
             slope = init(key, shape, param_dtype)
@@ -97,17 +90,11 @@ class PReLU(nnx.Module):
         self.kink = kink
 
     def __call__(self, x: ArrayLike) -> Array:
-        return _prelu.apply(x, self.negative_slope[...], self.axis, self.dtype, self.kink)
+        return _flax.apply(x, self.negative_slope[...], self.axis, self.dtype, self.kink)
 
 
 class ELU(nnx.Module):
-    """`jaxrelu.elu` as a module.
-
-    Args:
-        alpha: minus the value at -inf, a number.
-        kink: where the derivative at 0 lies between the two sides.
-        save: what the backward pass keeps, "input" or "output".
-    """
+    """`jaxrelu.elu` as a module, which takes the options of the function."""
 
     def __init__(self, alpha: float = 1.0, *, kink: float = 0.0, save: Literal["input", "output"] = "input") -> None:
         self.alpha = alpha
@@ -119,11 +106,7 @@ class ELU(nnx.Module):
 
 
 class ReLU6(nnx.Module):
-    """`jaxrelu.relu6` as a module.
-
-    Args:
-        kink: the derivative at 0 and at 6.
-    """
+    """`jaxrelu.relu6` as a module, which takes the options of the function."""
 
     def __init__(self, *, kink: float = 0.0) -> None:
         self.kink = kink

@@ -13,6 +13,8 @@ from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
 from jaxrelu.diagnostics import UnitStats, merge, unit_stats
 
+__all__ = ["Edge", "RecycleState", "recycle"]
+
 # what Optax's states call an array of a parameter's shape
 _FIRST_MOMENTS = ("mu", "trace", "ema", "acc_grads")
 _SECOND_MOMENTS = ("nu", "nu_max", "sum_of_squares")
@@ -51,8 +53,8 @@ class RecycleState(NamedTuple):
     Attributes:
         step: updates since the last recycling.
         recyclings: recyclings so far.
-        recycled: units recycled so far, one number an edge.
-        stats: an edge's statistics merged since the last recycling.
+        recycled: units recycled so far, one number per edge.
+        stats: the statistics merged since the last recycling, one entry per edge.
         inner_state: the state of the wrapped transformation.
     """
 

@@ -11,12 +11,19 @@ Examples:
     (Array([False,  True], dtype=bool), array([2, 0]), 3)
 """
 
-from jaxrelu.diagnostics.observing import observe as observe
-from jaxrelu.diagnostics.reports import check_init as check_init
-from jaxrelu.diagnostics.reports import gradient_flow as gradient_flow
-from jaxrelu.diagnostics.reports import summary as summary
-from jaxrelu.diagnostics.reports import to_scalars as to_scalars
-from jaxrelu.diagnostics.stats import UnitStats as UnitStats
-from jaxrelu.diagnostics.stats import all_reduce as all_reduce
-from jaxrelu.diagnostics.stats import merge as merge
-from jaxrelu.diagnostics.stats import unit_stats as unit_stats
+from jaxrelu.diagnostics.observe import Stats, observe
+from jaxrelu.diagnostics.reports import check_init, gradient_flow, summary, to_scalars
+from jaxrelu.diagnostics.stats import UnitStats, all_reduce, merge, unit_stats
+
+__all__ = [
+    "Stats",
+    "UnitStats",
+    "all_reduce",
+    "check_init",
+    "gradient_flow",
+    "merge",
+    "observe",
+    "summary",
+    "to_scalars",
+    "unit_stats",
+]

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxrelu.diagnostics.observing import observe
-from jaxrelu.diagnostics.stats import UnitStats
+from jaxrelu.diagnostics.observe import observe
+from jaxrelu.diagnostics.stats import UnitStats, exact
+
+__all__ = ["check_init", "gradient_flow", "summary", "to_scalars"]
 
 # how a layer's units become one number
 _OF_UNITS: dict[str, Callable[..., Array]] = {
@@ -163,16 +165,15 @@ def _path(path: Any) -> str:
 def _rows(stats: Mapping[str, UnitStats]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields a name and Python numbers for each layer; the layers of a scan one by one."""
     numbers, counts = jax.device_get(_reduced(list(stats.values())))
-    for name, number, count in zip(stats, numbers, counts, strict=True):
-        shape = number["dead"].shape
-        for index in np.ndindex(shape):
+    for name, number, (seen, counted) in zip(stats, numbers, counts, strict=True):
+        count, fired, nonfinite = exact(seen)[..., 0], *np.moveaxis(exact(counted)[..., :2, :], -2, 0)
+        for index in np.ndindex(count.shape):
             row = {key: float(value[index]) for key, value in number.items()}
-            exact = {key: np.asarray(value.exact())[index] for key, value in count.items()}
-            row |= {key: int(value.sum()) for key, value in exact.items()}
-            yield name + "".join(f"[{i}]" for i in index), row | {"units": exact["fired"].size}
+            row |= {"count": int(count[index]), "fired": int(fired[index].sum()), "nonfinite": int(nonfinite[index].sum())}
+            yield name + "".join(f"[{i}]" for i in index), row | {"units": fired[index].size}
 
 
 @jax.jit
 def _reduced(stats: list[UnitStats]) -> Any:
     numbers = [{key: reduce(getattr(s, key), axis=-1) for key, reduce in _OF_UNITS.items()} for s in stats]
-    return numbers, [{"count": s.totals.seen, "fired": s.totals.fired, "nonfinite": s.totals.nonfinite} for s in stats]
+    return numbers, [(s.seen, s.counts) for s in stats]

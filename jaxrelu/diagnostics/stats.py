@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,82 +13,74 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxrelu import _arguments as checked
-from jaxrelu import functions
+from jaxrelu import _checked as checked
+from jaxrelu import _lowering, functions
+
+__all__ = ["STATISTICS", "UnitStats", "all_reduce", "exact", "merge", "nothing_seen", "statistics", "unit_stats"]
 
 _Stats = TypeVar("_Stats")
 _ROWS = 128  # rows summed at once: four counts of up to 255 share one uint32, and short sums stay accurate
 _SAMPLES = 16  # rows whose mean is subtracted before the variance is taken
+# under this name `observe` knows that there is nothing to see inside
+STATISTICS = "statistics"
 
 
-class _Count(NamedTuple):
-    """An integer below 2^64 in two limbs, as JAX has no 64-bit integers by default."""
-
-    low: Array
-    high: Array
-
-    def __add__(self, other: "_Count") -> "_Count":  # pyright: ignore[reportIncompatibleMethodOverride] - not a tuple's sum
-        low = self.low + other.low
-        return _Count(low, self.high + other.high + (low < self.low).astype(jnp.uint32))
-
-    def is_zero(self) -> Array:
-        return (self.low | self.high) == 0
-
-    def floating(self, dtype: Any) -> Array:
-        return self.high.astype(dtype) * 2.0**32 + self.low.astype(dtype)
-
-    def exact(self) -> Any:
-        number = (np.asarray(self.high).astype(np.int64) << 32) + np.asarray(self.low).astype(np.int64)
-        return number if number.ndim else int(number)
+def exact(limbs: Any) -> Any:
+    """Returns integers below 2^64 from their low and high 32 bits, which lie along the last axis but one."""
+    try:
+        low, high = np.moveaxis(np.asarray(limbs), -2, 0).astype(np.int64)
+    except jax.errors.TracerArrayConversionError:
+        raise TypeError(
+            "UnitStats: count, fired and nonfinite are exact integers of NumPy's, which jit cannot hold; read them outside "
+            "jit, or take firing_rate"
+        ) from None
+    return (high << 32) + low
 
 
-class _Mean(NamedTuple):
-    """A running mean as the unevaluated sum of two floats, so that many small steps add up."""
-
-    high: Array
-    low: Array
-
-    def __sub__(self, other: "_Mean") -> Array:
-        return (self.high - other.high) + (self.low - other.low)
-
-    def step(self, by: Array) -> "_Mean":
-        total = self.high + by
-        rest = total - self.high
-        low = self.low + ((self.high - (total - rest)) + (by - rest))
-        high = total + low
-        return _Mean(high, low - (high - total))
+def _sum(a: Array, b: Array) -> Array:
+    """Returns the sum of two integers of two uint32, as JAX has no 64-bit integers by default."""
+    low = a[..., 0, :] + b[..., 0, :]
+    high = a[..., 1, :] + b[..., 1, :] + (low < a[..., 0, :]).astype(jnp.uint32)
+    return jnp.stack([low, high], -2)
 
 
-class _Totals(NamedTuple):
-    seen: _Count
-    fired: _Count
-    nonfinite: _Count
-    saturated: _Count
-    flat: _Count
+def _is_zero(limbs: Array) -> Array:
+    return (limbs == 0).all(-2)
 
 
-class _Means(NamedTuple):
-    z: _Mean
-    variance: _Mean
-    output: _Mean
+def _floating(limbs: Array, dtype: Any) -> Array:
+    return limbs[..., 1, :].astype(dtype) * 2.0**32 + limbs[..., 0, :].astype(dtype)
+
+
+def _step(mean: Array, by: Array) -> Array:
+    """Returns running means moved by a step; each is an unevaluated sum of two floats, so that many small steps add up."""
+    high, low = mean[..., 0, :], mean[..., 1, :]
+    total = high + by
+    rest = total - high
+    low += (high - (total - rest)) + (by - rest)
+    high = total + low
+    return jnp.stack([high, low - (high - total)], -2)
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class UnitStats:
     """Statistics of the units of one layer, over all examples and positions seen.
 
-    A pytree of arrays. Arrays a unit have shape `(units,)`, with a leading axis for each scan around the layer. Before
-    anything is seen, shares and means are NaN, and no unit is dead.
+    A pytree of four arrays. Their last axis is that of the units; each scan around the layer adds an axis in front. Before
+    anything is seen, shares and means are NaN, and no unit is dead. Two are equal if they are the same object.
 
     Attributes:
-        min, max: extremes of the pre-activation z.
-        totals, means: counts and running means in the form in which they are merged, from which the rest is read.
+        seen: examples and positions, `(2, 1)`; an integer is two uint32, its low and its high bits.
+        counts: how often z > 0, was not finite, z >= 6, the derivative was 0: integers, `(4, 2, units)`.
+        extremes: the least z and the least -z, `(2, units)`.
+        means: running means of z, its squared distance from the mean and |h|, `(3, 2, units)`, each the sum of two floats.
         count: examples and positions seen, non-finite ones included; an int, or an array under scan.
         fired, nonfinite: how often z > 0, and how often z was NaN or infinite. These three are exact up to 2^63 and can be
             read outside jit only.
         dead: whether z was always finite and never above 0.
         firing_rate, sparsity: share of z > 0, and the rest.
+        min, max: extremes of the pre-activation z.
         margin: max z, which is how far below the kink a dead unit lies.
         dormancy: E|h| of the unit over the mean of E|h| in the layer, h being the activation's output; 0 in a layer
             without output, NaN for a unit whose E|h| is not finite, which the mean leaves out.
@@ -96,38 +88,61 @@ class UnitStats:
         zero_gradient: share of examples at which the activation's derivative is 0; integers have none, which counts as 0.
         mean, variance: of z; the variance is the population's, NaN for a unit with non-finite z.
 
+    Raises:
+        TypeError: count, fired or nonfinite is read inside jit.
+
     References:
         Sokar et al. 2023, The dormant neuron phenomenon in deep reinforcement learning (arXiv:2302.12902).
     """
 
-    min: Array
-    max: Array
-    totals: _Totals
-    means: _Means
+    seen: Array
+    counts: Array
+    extremes: Array
+    means: Array
+
+    def __repr__(self) -> str:
+        if not isinstance(self.counts, (Array, np.ndarray)):
+            return f"UnitStats({self.counts!r})"  # a pytree of something else
+        units = "x".join(map(str, self.extremes.shape[:-2] + self.extremes.shape[-1:]))
+        try:
+            fired, count, dead = self.fired, self.count, int(np.asarray(self.dead).sum())
+        except TypeError:
+            return f"UnitStats({units} units, traced)"
+        share = f"{fired.mean() / np.mean(count):.1%}" if fired.size and np.any(count) else "nan"
+        return f"UnitStats({units} units, count {np.max(count, initial=0)}, {dead} dead, firing rate {share})"
 
     @property
     def count(self) -> Any:
-        return self.totals.seen.exact()
+        number = exact(self.seen)[..., 0]
+        return number if number.ndim else int(number)
 
     @property
     def fired(self) -> np.ndarray:
-        return self.totals.fired.exact()
+        return exact(self.counts)[..., 0, :]
 
     @property
     def nonfinite(self) -> np.ndarray:
-        return self.totals.nonfinite.exact()
+        return exact(self.counts)[..., 1, :]
 
     @property
     def dead(self) -> Array:
-        return self.totals.fired.is_zero() & self.totals.nonfinite.is_zero() & ~self.totals.seen.is_zero()[..., None]
+        return _is_zero(self.counts)[..., :2, :].all(-2) & ~_is_zero(self.seen)
 
     @property
     def firing_rate(self) -> Array:
-        return self._share(self.totals.fired)
+        return self._share(0)
 
     @property
     def sparsity(self) -> Array:
         return 1 - self.firing_rate
+
+    @property
+    def min(self) -> Array:
+        return self.extremes[..., 0, :]
+
+    @property
+    def max(self) -> Array:
+        return -self.extremes[..., 1, :]
 
     @property
     def margin(self) -> Array:
@@ -135,7 +150,7 @@ class UnitStats:
 
     @property
     def dormancy(self) -> Array:
-        output = jnp.where(self.totals.seen.is_zero()[..., None], jnp.nan, self.means.output.high)
+        output = jnp.where(_is_zero(self.seen), jnp.nan, self.means[..., 2, 0, :])
         finite = jnp.isfinite(output)
         number = finite.sum(-1, keepdims=True).astype(output.dtype)
         mean = jnp.where(finite, output, 0).sum(-1, keepdims=True) / number
@@ -144,26 +159,28 @@ class UnitStats:
 
     @property
     def saturation(self) -> Array:
-        return self._share(self.totals.saturated)
+        return self._share(2)
 
     @property
     def zero_gradient(self) -> Array:
-        return self._share(self.totals.flat)
+        return self._share(3)
 
     @property
     def mean(self) -> Array:
         # min + max is NaN or infinite as the mean is, which merging may have lost
-        mean = jnp.where(self.totals.nonfinite.is_zero(), self.means.z.high, self.min + self.max)
-        return jnp.where(self.totals.seen.is_zero()[..., None], jnp.nan, mean)
+        mean = jnp.where(self._finite(), self.means[..., 0, 0, :], self.min + self.max)
+        return jnp.where(_is_zero(self.seen), jnp.nan, mean)
 
     @property
     def variance(self) -> Array:
-        known = self.totals.nonfinite.is_zero() & ~self.totals.seen.is_zero()[..., None]
-        return jnp.where(known, self.means.variance.high, jnp.nan)
+        return jnp.where(self._finite() & ~_is_zero(self.seen), self.means[..., 1, 0, :], jnp.nan)
 
-    def _share(self, part: _Count) -> Array:
-        dtype = self.min.dtype
-        return part.floating(dtype) / self.totals.seen.floating(dtype)[..., None]
+    def _finite(self) -> Array:
+        return _is_zero(self.counts[..., 1, :, :])
+
+    def _share(self, place: int) -> Array:
+        dtype = self.extremes.dtype
+        return _floating(self.counts[..., place, :, :], dtype) / _floating(self.seen, dtype)
 
 
 def unit_stats(z: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> UnitStats:
@@ -247,29 +264,26 @@ def _is_stats(x: object) -> bool:
 
 
 def _merged(a: UnitStats, b: UnitStats) -> UnitStats:
-    if a.min.shape != b.min.shape:
+    if a.extremes.shape != b.extremes.shape:
         raise ValueError(
             f"merge: a and b must have units of the same shape, got {a.min.shape} and {b.min.shape}; merge layer by layer"
         )
-    dtype = a.min.dtype
-    a_count, b_count = (x.totals.seen.floating(dtype)[..., None] for x in (a, b))
+    dtype = a.extremes.dtype
+    a_count, b_count = (_floating(x.seen, dtype)[..., None, :] for x in (a, b))
     total = jnp.maximum(a_count + b_count, 1)
     share, rest = b_count / total, a_count / total
-    delta = b.means.z - a.means.z
-    between = (jnp.zeros_like(delta), delta * delta * (share * rest), jnp.zeros_like(delta))
-
-    def step(x: _Mean, y: _Mean, extra: Array) -> _Mean:
-        moved = x.step((y - x) * share + extra)
-        # stepping from or to nothing would cost an ulp, or make a NaN of an infinite mean
-        return _Mean(
-            *(jnp.where(a_count == 0, v, jnp.where(b_count == 0, u, m)) for u, v, m in zip(x, y, moved, strict=True))
-        )
-
+    delta = (b.means[..., 0, :] - a.means[..., 0, :]) + (b.means[..., 1, :] - a.means[..., 1, :])
+    # the squared distance between the two means of z adds to the variance
+    is_variance = np.array([[False], [True], [False]])
+    between = jnp.where(is_variance, delta[..., :1, :] ** 2 * (share * rest), 0)
+    moved = _step(a.means, delta * share + between)
+    a_empty, b_empty = a_count[..., None, :] == 0, b_count[..., None, :] == 0
     return UnitStats(
-        min=jnp.minimum(a.min, b.min),
-        max=jnp.maximum(a.max, b.max),
-        totals=_Totals(*(x + y for x, y in zip(a.totals, b.totals, strict=True))),
-        means=_Means(*map(step, a.means, b.means, between)),
+        seen=_sum(a.seen, b.seen),
+        counts=_sum(a.counts, b.counts),
+        extremes=jnp.minimum(a.extremes, b.extremes),
+        # stepping from or to nothing would cost an ulp, or make a NaN of an infinite mean
+        means=jnp.where(a_empty, b.means, jnp.where(b_empty, a.means, moved)),
     )
 
 
@@ -291,29 +305,20 @@ def all_reduce(stats: Any, axis_name: Any) -> Any:
         return lax.psum(jnp.where(slot, leaf[None], jnp.zeros_like(leaf)[None]), axis_name)
 
     def fold(stats: UnitStats) -> UnitStats:
-        gathered, rest = jax.tree.map(gather, stats), size
-        while rest > 1:
-            half = rest // 2
-            merged = merge(_part(gathered, slice(half)), _part(gathered, slice(half, 2 * half)))
-            gathered = jax.tree.map(_append, merged, _part(gathered, slice(2 * half, rest)))
-            rest -= half
-        return _part(gathered, 0)
+        def add(total: UnitStats, one: UnitStats) -> tuple[UnitStats, None]:
+            return _merged(total, one), None
+
+        leaves, tree = jax.tree.flatten(jax.tree.map(gather, stats))
+        first, rest = tree.unflatten([x[0] for x in leaves]), tree.unflatten([x[1:] for x in leaves])
+        return lax.scan(add, first, rest)[0]
 
     return jax.tree.map(fold, stats, is_leaf=_is_stats)
-
-
-def _part(stats: UnitStats, index: Any) -> UnitStats:
-    return jax.tree.unflatten(jax.tree.structure(stats), [x[index] for x in jax.tree.leaves(stats)])
-
-
-def _append(x: Array, y: Array) -> Array:
-    return jnp.concatenate([x, y])
 
 
 def nothing_seen(stats: UnitStats) -> UnitStats:
     """Returns the statistics that change none by merging, in the shapes and dtypes of these."""
     zeros: UnitStats = jax.tree.map(jnp.zeros_like, stats)  # inside shard_map these differ between devices as stats do
-    return dataclasses.replace(zeros, min=zeros.min + jnp.inf, max=zeros.max - jnp.inf)
+    return dataclasses.replace(zeros, extremes=zeros.extremes + jnp.inf)
 
 
 def _statistics(
@@ -340,8 +345,7 @@ def _statistics(
     return reduce(z, h, slope, where)
 
 
-# under a name by which `observe` knows that there is nothing to see inside
-_statistics.__name__ = functions.TAG + "statistics"
+_statistics.__name__ = _lowering.TAG + STATISTICS
 statistics: Callable[..., UnitStats] = jax.jit(_statistics, static_argnames=("function", "axes"))
 
 
@@ -350,11 +354,12 @@ def _reduced(z: Array, h: Array, slope: Array, where: Array | None, *, axes: tup
     z, h, slope = (_rows(x, axes and axes[i]) for i, x in ((0, z), (1, h), (1, slope)))
     z = jnp.tile(z, (len(h) // max(1, len(z)), 1))  # if a parameter alone was mapped
     z, h = z.astype(dtype), jnp.abs(h.astype(dtype))
-    n, units = z.shape
-    flags = (z > 0, z >= 6, ~jnp.isfinite(z), slope == 0)
+    n = len(z)
+    flags = (z > 0, ~jnp.isfinite(z), z >= 6, slope == 0)
+    # four counts, one per byte
     packed = sum((flag.astype(jnp.uint32) << 8 * i for i, flag in enumerate(flags)), jnp.zeros((), jnp.uint32))
     if where is None:
-        count = _Count(jnp.uint32(n & 0xFFFFFFFF), jnp.uint32(n >> 32))
+        count, high_count = jnp.uint32(n & 0xFFFFFFFF), jnp.uint32(n >> 32)
         low = high = z
         # multiples of the golden ratio, as equal steps may all fall on the same position of the examples
         rows = (np.arange(1, 1 + min(n, _SAMPLES)) * 0.6180339887 % 1 * n).astype(int)
@@ -362,31 +367,28 @@ def _reduced(z: Array, h: Array, slope: Array, where: Array | None, *, axes: tup
         centred = z - shift
     else:
         shown = where.reshape(n, 1)
-        count = _Count(shown.sum(dtype=jnp.uint32), jnp.uint32(0))
+        count, high_count = shown.sum(dtype=jnp.uint32), jnp.uint32(0)
         low, high = jnp.where(shown, z, jnp.inf), jnp.where(shown, z, -jnp.inf)
         shift = _shift(z, shown)
         centred, h, packed = jnp.where(shown, z - shift, 0), jnp.where(shown, h, 0), jnp.where(shown, packed, 0)
-    number = jnp.maximum(count.floating(dtype), 1)
+    seen = jnp.stack([count, high_count])[:, None]
+    number = jnp.maximum(_floating(seen, dtype), 1)
     off = _fold(lax.reduce_sum, centred) / number
     variance = jnp.maximum(_fold(lax.reduce_sum, centred * centred) / number - off * off, 0)
-    nothing = jnp.zeros((units,), dtype)
     chunks = _chunked(lax.reduce_sum, packed)
-    counts = (lax.reduce_sum((chunks >> 8 * i) & 0xFF, (0,)) for i in range(4))
-    fired, saturated, nonfinite, flat = (_Count(low, jnp.zeros_like(low)) for low in counts)
+    counts = jnp.stack([lax.reduce_sum((chunks >> 8 * i) & 0xFF, (0,)) for i in range(4)])
+    start = jnp.stack([shift[0], variance, _fold(lax.reduce_sum, h) / number])
+    steps = jnp.stack([off, jnp.zeros_like(off), jnp.zeros_like(off)])
     return UnitStats(
-        min=_fold(lax.reduce_min, low),
-        max=_fold(lax.reduce_max, high),
-        totals=_Totals(count, fired, nonfinite, saturated, flat),
-        means=_Means(
-            z=_Mean(shift[0], nothing).step(off),
-            variance=_Mean(variance, nothing),
-            output=_Mean(_fold(lax.reduce_sum, h) / number, nothing),
-        ),
+        seen=seen,
+        counts=jnp.stack([counts, jnp.zeros_like(counts)], 1),
+        extremes=jnp.stack([_fold(lax.reduce_min, low), -_fold(lax.reduce_max, high)]),
+        means=_step(jnp.stack([start, jnp.zeros_like(start)], 1), steps),
     )
 
 
 def _rows(x: Array, axis: int | None) -> Array:
-    """Returns x as a matrix with a column a unit."""
+    """Returns x as a matrix, one column per unit."""
     if axis is None:
         return x.reshape(-1, 1)
     units = x.shape[axis]

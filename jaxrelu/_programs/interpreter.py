@@ -1,0 +1,239 @@
+"""An interpreter of jaxprs, the programs that JAX traces, driven by a visitor.
+
+It runs a program equation by equation, enters the functions that equations call (jit, scan, remat, cond, shard_map), and
+brings out what a visitor finds there. What it needs to know of the parameters of JAX's primitives stands in this file.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+from jax.sharding import PartitionSpec, Sharding
+
+__all__ = ["Found", "Step", "Visitor", "bind", "interpreted", "names_in", "opened", "origin"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Something that a visitor found.
+
+    Attributes:
+        value: a pytree of arrays; behind a scan each has an axis more, in front, of the scan's steps.
+        name: the named scopes around the equation, and the visitor's name for it: "hidden1/relu".
+    """
+
+    value: Any
+    name: str = dataclasses.field(metadata={"static": True})
+
+
+# an equation as a function of its inputs, to its outputs and what was found in it
+Step = Callable[..., tuple[Sequence[Any], list[Found]]]
+
+
+class Visitor(Protocol):
+    """What is looked for in a program, and what becomes of it."""
+
+    def name(self, eqn: core.JaxprEqn) -> str | None:
+        """Returns a name if the equation itself is looked for, "" to leave it and what it calls, None to look inside."""
+
+    def visit(self, eqn: core.JaxprEqn) -> Step:
+        """Returns how to run an equation that is looked for."""
+        ...
+
+    def branch_not_taken(self, value: Any) -> Any:
+        """Returns what is found in a branch of cond that is not taken, in the shapes of what is found when it is."""
+
+    def across_devices(self, value: Any, axes: tuple[str, ...], check_vma: bool) -> Any:
+        """Returns what the devices along some axes of a shard_map found, in one that is the same on all."""
+
+    def cannot_enter(self, eqn: core.JaxprEqn, names: Sequence[str]) -> None:
+        """Hears of what is looked for inside an equation that cannot be entered, each time that it runs."""
+
+
+def opened(jaxpr: Any) -> Any:
+    """Returns a jaxpr without its constants; JAX 0.12 has one class for both."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def names_in(eqn: core.JaxprEqn, visitor: Visitor) -> list[str]:
+    """Returns the names of what is looked for in an equation and in all that it calls, sorted, each once."""
+    if (name := visitor.name(eqn)) is not None:
+        return [name] if name else []
+    bodies = core.jaxprs_in_params(eqn.params)
+    return sorted({name for body in bodies for inner in body.eqns for name in names_in(inner, visitor)})
+
+
+def bind(eqn: core.JaxprEqn, *args: Any) -> Sequence[Any]:
+    """Returns an equation's outputs, run as it stands."""
+    outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+    return outs if eqn.primitive.multiple_results else [outs]
+
+
+def interpreted(jaxpr: Any, visitor: Visitor) -> Step:
+    """Returns a program as a function to its outputs and what was found, in order of execution.
+
+    Keep it, as it is compiled once: what it enters is jitted.
+    """
+    constants, jaxpr = getattr(jaxpr, "consts", ()), opened(jaxpr)
+    # some transformations of Flax leave equations whose results nobody reads
+    live, steps = {v for v in jaxpr.outvars if isinstance(v, core.Var)}, []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not live.isdisjoint(eqn.outvars):
+            live.update(v for v in eqn.invars if isinstance(v, core.Var))
+            steps.insert(0, (eqn, _scope(eqn), _step(eqn, visitor)))
+
+    def run(*args: Any) -> tuple[list[Any], list[Found]]:
+        env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *args), strict=True))
+        everything: list[Found] = []
+
+        def read(v: Any) -> Any:
+            return v.val if isinstance(v, core.Literal) else env[v]
+
+        for eqn, scope, step in steps:
+            with jax.named_scope(scope) if scope else contextlib.nullcontext(), eqn.ctx.manager:
+                outs, found = step(*map(read, eqn.invars))
+            env.update(zip(eqn.outvars, outs, strict=True))
+            everything += [dataclasses.replace(f, name=f"{scope}/{f.name}" if scope else f.name) for f in found]
+        return [read(v) for v in jaxpr.outvars], everything
+
+    return run
+
+
+def _scope(eqn: core.JaxprEqn) -> str:
+    """Returns the named scopes around an equation, without the transformations: "vmap(mlp)/hidden1" is mlp/hidden1."""
+    return re.sub(r"\w+\(|\)", "", str(eqn.source_info.name_stack)).strip("/").replace("//", "/")
+
+
+def _step(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
+    if visitor.name(eqn):
+        return visitor.visit(eqn)
+    names = names_in(eqn, visitor)
+    if names and eqn.primitive.name in _ENTER:
+        # jitted, as the primitive alone would be; literals become arrays
+        entered = jax.jit(_ENTER[eqn.primitive.name](eqn, visitor))
+
+        def enter(*args: Any) -> tuple[Sequence[Any], list[Found]]:
+            return entered(*map(jnp.asarray, args))
+
+        return enter
+
+    def as_it_stands(*args: Any) -> tuple[Sequence[Any], list[Found]]:
+        if names:
+            visitor.cannot_enter(eqn, names)
+        return bind(eqn, *args), []
+
+    return as_it_stands
+
+
+def origin(jaxpr: Any, v: Any) -> Any:
+    """Returns the variable whose very value this one has, where jit and remat pass it through, as those of Flax nnx do."""
+    for eqn in reversed(opened(jaxpr).eqns):
+        if eqn.primitive.name in ("jit", "remat2") and v in eqn.outvars:
+            body = opened(eqn.params["jaxpr"])
+            inside = origin(body, body.outvars[eqn.outvars.index(v)])
+            if inside in body.invars:
+                v = eqn.invars[body.invars.index(inside)]
+    return v
+
+
+# Each function below returns an equation's own transformation of its interpreted body.
+
+
+def _enter_jit(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
+    run = interpreted(eqn.params["jaxpr"], visitor)
+
+    def constrain(xs: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
+        pairs = zip(xs, shardings, strict=True)
+        return [lax.with_sharding_constraint(x, s) if isinstance(s, Sharding) else x for x, s in pairs]
+
+    def call(*args: Any) -> tuple[Sequence[Any], list[Found]]:
+        outs, found = run(*constrain(args, eqn.params["in_shardings"]))
+        return constrain(outs, eqn.params["out_shardings"]), found
+
+    return call
+
+
+def _enter_scan(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
+    run, body = interpreted(eqn.params["jaxpr"], visitor), opened(eqn.params["jaxpr"])
+    # the parameters that say so differ between JAX 0.10 and 0.12, but scanned arrays have an axis that the body does not see
+    carries, unscanned = _same_rank(eqn.outvars, body.outvars), _same_rank(eqn.invars, body.invars)
+    loop = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+
+    def call(*args: Any) -> tuple[Sequence[Any], list[Found]]:
+        constants, carry, xs = args[: unscanned - carries], args[unscanned - carries : unscanned], args[unscanned:]
+
+        def step(carry: Any, xs: Any) -> Any:
+            outs, found = run(*constants, *carry, *xs)
+            return tuple(outs[:carries]), (outs[carries:], found)
+
+        carry, (ys, found) = lax.scan(step, carry, xs, **loop)
+        return [*carry, *ys], found
+
+    return call
+
+
+def _same_rank(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    return sum(v.aval.ndim == w.aval.ndim for v, w in zip(outside, inside, strict=True))
+
+
+def _enter_remat(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
+    run = interpreted(eqn.params["jaxpr"], visitor)
+    return jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
+
+
+def _enter_cond(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
+    branches = [interpreted(branch, visitor) for branch in eqn.params["branches"]]
+
+    def call(index: Any, *args: Any) -> tuple[Sequence[Any], list[Found]]:
+        shapes = [jax.eval_shape(run, *args)[1] for run in branches]
+
+        def branch(taken: int) -> Callable[..., Any]:
+            def run(*args: Any) -> Any:
+                outs, found = branches[taken](*args)
+                lists = [
+                    found if i == taken else [dataclasses.replace(f, value=visitor.branch_not_taken(f.value)) for f in shape]
+                    for i, shape in enumerate(shapes)
+                ]
+                return outs, list(itertools.chain(*lists))
+
+            return run
+
+        return lax.switch(index, [branch(i) for i in range(len(branches))], *args)
+
+    return call
+
+
+def _enter_shard_map(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
+    run, params = interpreted(eqn.params["jaxpr"], visitor), eqn.params
+    axes = tuple(sorted(params["newly_manual_axes"]))
+
+    def body(*args: Any) -> tuple[Sequence[Any], list[Found]]:
+        outs, found = run(*args)
+        values = [visitor.across_devices(f.value, axes, params["check_vma"]) for f in found]
+        return outs, [dataclasses.replace(f, value=value) for f, value in zip(found, values, strict=True)]
+
+    return jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=params["in_specs"],
+        out_specs=(list(params["out_specs"]), PartitionSpec()),
+        axis_names=params["newly_manual_axes"],
+        check_vma=params["check_vma"],
+    )
+
+
+_ENTER: dict[str, Callable[[core.JaxprEqn, Visitor], Step]] = {
+    "jit": _enter_jit,
+    "scan": _enter_scan,
+    "remat2": _enter_remat,
+    "cond": _enter_cond,
+    "shard_map": _enter_shard_map,
+}
