@@ -13,6 +13,9 @@ from jaxrelu._lowering import choose
 
 __all__ = ["align", "cast", "exp_below_zero", "expm1_below_zero", "widen"]
 
+# of (expm1(r) - r) / r^2, by rising powers of r
+_EXPM1 = (0.5, 0.1666666716337204, 0.041666366159915924, 0.008333289064466953, 0.001394022023305297, 0.00019904672808479518)
+
 
 def widen(x: Array) -> Array:
     """Returns x in float32 if it is narrower."""
@@ -58,7 +61,7 @@ def _below_zero(function: Callable[[Array], Array], combine: Callable[[Array, Ar
     """Returns function(min(x, 0)) for exp or expm1, which is combine(2^n, expm1(r)) for x = n ln 2 + r.
 
     CPU, float32: jnp.expm1 serves both sides of 0, which costs twice the time, and is up to 5.7 ulp off on jax 0.10. Here
-    expm1(r) is a polynomial fitted on [-ln 2 / 2, ln 2 / 2], and both results are within .9 ulp (`test_float32`). Elsewhere
+    expm1(r) is a polynomial fitted on [-ln 2 / 2, ln 2 / 2], and both results are within 1 ulp (`test_float32`). Elsewhere
     jnp's function: the polynomial takes more memory on a TPU, and was never timed on a GPU.
     """
     plain = function(jnp.minimum(x, 0))
@@ -70,9 +73,10 @@ def _below_zero(function: Callable[[Array], Array], combine: Callable[[Array, Ar
     n = lax.bitcast_convert_type(shifted, jnp.int32) - np.float32(1.5 * 2**23).view(np.int32)
     # ln 2 = 355 / 512 - 2.12e-4, the first part short enough for an exact product with n
     r = (z - n.astype(jnp.float32) * np.float32(355 / 512)) - n.astype(jnp.float32) * np.float32(math.log(2) - 355 / 512)
-    q = jnp.full_like(r, 0.00019904672808479518)
-    for c in (0.001394022023305297, 0.008333289064466953, 0.041666366159915924, 0.1666666716337204, 0.5):
-        q = q * r + np.float32(c)
-    own = combine(lax.bitcast_convert_type((n + 127) << 23, jnp.float32), r + r * r * q)
+    # in pairs, which wait less for each other than Horner's scheme does: a sixth faster on one core
+    a, b, c, d, e, f = map(np.float32, _EXPM1)
+    square = r * r
+    q = (a + b * r) + square * ((c + d * r) + square * (e + f * r))
+    own = combine(lax.bitcast_convert_type((n + 127) << 23, jnp.float32), r + square * q)
     # a Python number's result is weakly typed; no public conversion makes that of an array, but an update keeps it
     return choose(plain, cpu=x.at[...].set(own) if x.weak_type else own)

@@ -23,18 +23,17 @@ from jaxrelu._numerics import align, cast, exp_below_zero, expm1_below_zero, wid
 
 __all__ = ["elu", "leaky_relu", "prelu", "relu", "relu6"]
 
+_Pairs = tuple[tuple[Array, Array], tuple[Array, Array]]
+
 
 def relu(x: ArrayLike, *, kink: float = 0.0) -> Array:
     """Rectified linear unit.
 
-    `relu(x) = max(x, 0)`. The derivative is 0 for x < 0, `kink` at 0 and 1 for x > 0; at NaN it is 0.
+    Returns `max(x, 0)` in the dtype of `x`. The derivative is 0 for x < 0, `kink` at 0 and 1 for x > 0; at NaN it is 0.
 
     Args:
         x: real numbers of any shape and any float or integer dtype.
         kink: the derivative at 0, a finite Python number.
-
-    Returns:
-        An array with the shape and dtype of `x`.
 
     Raises:
         TypeError: `x` is not a real number or array, or `kink` is not a Python number.
@@ -67,7 +66,7 @@ def _relu(x: Array, kink: float) -> tuple[Array, Array]:
 
 
 @_relu.defjvp
-def _relu_jvp(kink: float, primals: Any, tangents: Any) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+def _relu_jvp(kink: float, primals: Any, tangents: Any) -> _Pairs:
     (x,), (g,) = primals, tangents
     y, read = _relu(x, kink)
     # selected, never multiplied by a mask: an infinite gradient through an inactive unit gives 0
@@ -81,16 +80,14 @@ _relu_jit = lowering.core(_relu, "relu", 1)
 def leaky_relu(x: ArrayLike, negative_slope: ArrayLike = 0.01, *, kink: float = 0.0) -> Array:
     """Leaky rectified linear unit.
 
-    `leaky_relu(x) = x` for x > 0, else `negative_slope * x`. The derivative is 1 for x > 0, `negative_slope` for x < 0
-    and at NaN, and `negative_slope + kink * (1 - negative_slope)` at 0. A slope that is an array is differentiable too.
+    Returns `x` for x > 0, else `negative_slope * x`, in the float dtype of `x`. The derivative is 1 for x > 0,
+    `negative_slope` for x < 0 and at NaN, and `negative_slope + kink * (1 - negative_slope)` at 0. It is differentiable in a
+    slope that is an array too.
 
     Args:
         x: real numbers of any shape; integers are promoted to the default float.
         negative_slope: slope for x < 0: a Python number, or an array that broadcasts to the shape of `x`.
         kink: places the derivative at 0 between that for x < 0 (kink 0) and that for x > 0 (kink 1); a finite number.
-
-    Returns:
-        An array with the shape of `x` and its float dtype.
 
     Raises:
         TypeError: `x` or `negative_slope` is not a real number or array, or `kink` is not a Python number.
@@ -120,9 +117,7 @@ def _leaky_relu(x: Array, slope: float, kink: float) -> tuple[Array, Array]:
 
 
 @_leaky_relu.defjvp
-def _leaky_relu_jvp(
-    slope: float, kink: float, primals: Any, tangents: Any
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+def _leaky_relu_jvp(slope: float, kink: float, primals: Any, tangents: Any) -> _Pairs:
     (x,), (g,) = primals, tangents
     y, read = _leaky_relu(x, slope, kink)
     t = jnp.where(read > 0, g, cast(_at_kink(x, kink, slope) * widen(g), g))
@@ -135,9 +130,9 @@ _leaky_relu_jit = lowering.core(_leaky_relu, "leaky_relu", (1, 2))
 def prelu(x: ArrayLike, negative_slope: ArrayLike, *, axis: int | None = None, kink: float = 0.0) -> Array:
     """Parametric rectified linear unit: a leaky_relu whose slope is learned.
 
-    `prelu(x, a) = x` for x > 0, else `a * x`. The derivative in x is 1 for x > 0, `a` for x < 0 and at NaN, and
-    `a + kink * (1 - a)` at 0; in a it is x for x < 0, else 0, whatever `kink` is. The slope's gradient is summed in float32
-    or wider, then cast to the slope's dtype.
+    Returns `x` for x > 0, else `a * x`, in the float dtype of `x`. The derivative in x is 1 for x > 0, `a` for x < 0 and at
+    NaN, and `a + kink * (1 - a)` at 0; in a it is x for x < 0, else 0, whatever `kink` is. The slope's gradient is summed in
+    float32 or wider, then cast to the slope's dtype.
 
     Args:
         x: real numbers of any shape; integers are promoted to the default float.
@@ -146,9 +141,6 @@ def prelu(x: ArrayLike, negative_slope: ArrayLike, *, axis: int | None = None, k
         axis: the axis of `x` along which a vector of slopes lies, e.g. 1 for channels in NCHW, -1 in NHWC; None
             broadcasts by NumPy's rules.
         kink: places the derivative at 0 between that for x < 0 (kink 0) and that for x > 0 (kink 1); a finite number.
-
-    Returns:
-        An array with the shape of `x` and its float dtype.
 
     Raises:
         TypeError: `x` or `negative_slope` is not a real number or array, `axis` no int, or `kink` no Python number.
@@ -205,8 +197,9 @@ _leaky_relu_array_jit = lowering.core(_prelu, "leaky_relu", (2, 3))
 def elu(x: ArrayLike, alpha: ArrayLike = 1.0, *, kink: float = 0.0, save: Literal["input", "output"] = "input") -> Array:
     """Exponential linear unit.
 
-    `elu(x) = x` for x > 0, else `alpha * expm1(x)`. The derivative is 1 for x > 0, `alpha * exp(x)` for x < 0, NaN at NaN
-    and `alpha + kink * (1 - alpha)` at 0. An alpha that is an array is differentiable too.
+    Returns `x` for x > 0, else `alpha * expm1(x)`, in the float dtype of `x`. The derivative is 1 for x > 0,
+    `alpha * exp(x)` for x < 0, NaN at NaN and `alpha + kink * (1 - alpha)` at 0. It is differentiable in an alpha that is an
+    array too.
 
     Args:
         x: real numbers of any shape; integers are promoted to the default float.
@@ -215,9 +208,6 @@ def elu(x: ArrayLike, alpha: ArrayLike = 1.0, *, kink: float = 0.0, save: Litera
         save: what the backward pass keeps. "input" gives an accurate derivative everywhere. "output" lets `x` be freed: for
             x < 0 the derivative is taken from the output y, as `y + alpha`, which is off by at most alpha times the
             dtype's epsilon. For alpha 1 it is 0 below x = -6.25 in bfloat16, -8.32 in float16, -17 in float32.
-
-    Returns:
-        An array with the shape of `x` and its float dtype.
 
     Raises:
         TypeError: `x` or `alpha` is not a real number or array, or `kink` is not a Python number.
@@ -282,14 +272,12 @@ _elu_array_jit = lowering.core(_elu, "elu", (2, 3))
 def relu6(x: ArrayLike, *, kink: float = 0.0) -> Array:
     """Rectified linear unit, bounded at 6.
 
-    `relu6(x) = min(max(x, 0), 6)`. The derivative is 1 for 0 < x < 6, `kink` at 0 and at 6, else 0; at NaN it is 0.
+    Returns `min(max(x, 0), 6)` in the dtype of `x`. The derivative is 1 for 0 < x < 6, `kink` at 0 and at 6, else 0; at NaN
+    it is 0.
 
     Args:
         x: real numbers of any shape and any float or integer dtype.
         kink: the derivative at 0 and at 6, a finite Python number.
-
-    Returns:
-        An array with the shape and dtype of `x`.
 
     Raises:
         TypeError: `x` is not a real number or array, or `kink` is not a Python number.
@@ -318,7 +306,7 @@ def _relu6(x: Array, kink: float) -> tuple[Array, Array]:
 
 
 @_relu6.defjvp
-def _relu6_jvp(kink: float, primals: Any, tangents: Any) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+def _relu6_jvp(kink: float, primals: Any, tangents: Any) -> _Pairs:
     (x,), (g,) = primals, tangents
     y, read = _relu6(x, kink)
     t = jnp.where((read > 0) & (read < 6), g, _only_at_kink((x == 0) | (x == 6), kink, g))

@@ -40,12 +40,7 @@ class PReLU(nnx.Module):
     """`jaxrelu.prelu` with its slope as the parameter `negative_slope`.
 
     Args:
-        num_parameters: 1 for one slope (a parameter of shape `()`), or C for one per channel (shape `(C,)`).
-        axis: the channels' axis in the input, if there is more than one slope.
-        negative_slope_init: a number, or a JAX initializer.
-        dtype: if given, the input and the slope are cast to it.
-        param_dtype: the dtype of the parameter.
-        kink: places the derivative at 0 between that for x < 0 (kink 0) and that for x > 0 (kink 1).
+        num_parameters, axis, negative_slope_init, dtype, param_dtype, kink: as in `jaxrelu.linen.PReLU`.
         negative_slope_metadata: metadata of the parameter, e.g. `{"out_sharding": ("model",)}`.
         rngs: needed only by a random `negative_slope_init`; its stream is "params".
 

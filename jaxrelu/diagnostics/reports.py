@@ -16,19 +16,9 @@ from jaxrelu.diagnostics.stats import UnitStats, exact
 __all__ = ["check_init", "gradient_flow", "summary", "to_scalars"]
 
 # how a layer's units become one number
-_OF_UNITS: dict[str, Callable[..., Array]] = {
-    "dead": jnp.mean,
-    "firing_rate": jnp.mean,
-    "sparsity": jnp.mean,
-    "margin": jnp.min,
-    "dormancy": jnp.min,
-    "saturation": jnp.mean,
-    "zero_gradient": jnp.mean,
-    "mean": jnp.mean,
-    "variance": jnp.mean,
-    "min": jnp.min,
-    "max": jnp.max,
-}
+_MEANS = ("dead", "firing_rate", "sparsity", "saturation", "zero_gradient", "mean", "variance")
+_EXTREMES = {"margin": jnp.min, "dormancy": jnp.min, "min": jnp.min, "max": jnp.max}
+_OF_UNITS: dict[str, Callable[..., Array]] = {**dict.fromkeys(_MEANS, jnp.mean), **_EXTREMES}
 _SHARES = {"dead": "dead", "firing": "firing_rate", "zero grad": "zero_gradient", ">= 6": "saturation"}
 _HEAD = ("layer", "units", *_SHARES, "least dormancy", "margin", "mean", "sd", "not finite", "seen")
 
@@ -73,12 +63,8 @@ def summary(stats: Mapping[str, UnitStats]) -> str:
         numbers = (f"{x:.3g}" for x in (row["dormancy"], row["margin"], row["mean"], row["variance"] ** 0.5))
         lines.append((name, str(row["units"]), *shares, *numbers, str(row["nonfinite"]), str(row["count"])))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    cells = ([cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *padded[1:]]) for line, padded in zip(lines, cells, strict=True))
 
 
 def check_init(f: Callable[..., Any], *args: Any) -> None:
