@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -119,6 +120,13 @@ def test_wrong_options_are_one_line(arguments, words, capsys, tmp_path, monkeypa
     assert captured.err.startswith("jaxrelu.benchmark: error: ")
     assert words in captured.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_description_of_the_h200_comes_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a wheel's user has no checkout
+    description = cli.build_parser().parse_args([]).target
+    assert 'name: "NVIDIA H200"' in description.read_text()
+    assert description.parent == Path(cli.__file__).parent
 
 
 def test_a_line_that_is_no_measurement_is_refused(tmp_path, capsys):

@@ -21,6 +21,8 @@ from jaxrelu.benchmark.networks import AHEAD, NETWORKS, PEERS, TPUS, Target, tar
 from jaxrelu.benchmark.plan import Measures, Plan, here
 
 DTYPES = ("float32", "bfloat16", "float16")
+# package data, as who has the wheel has no checkout
+H200 = Path(__file__).with_name("h200.txtpb")
 SIZES = tuple(2**n for n in (10, 13, 16, 18, 20, 22, 25, 27))
 # what must be set before jax is imported, so that it compiles for hardware that is not there
 ENVIRONMENT = {
@@ -85,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="each kind of measurement once, in less than a minute")
     add("--platform", choices=("cpu", "gpu", *AHEAD), help="default: what JAX finds; the absent ones need --compile-only")
     add("--compile-only", action="store_true", help="memory alone, by the compiler")
-    add("--target", type=_path, default=Path("benchmarks/h200.txtpb"), help="the H200's target description")
+    add("--target", type=_path, default=H200, help="target description of the H200; default: the package's own")
     return parser
 
 
@@ -135,7 +137,7 @@ def _problem(options: argparse.Namespace) -> str | None:
         if importlib.util.find_spec(plugin) is None:
             return f"--platform {options.platform}: {plugin} is missing; install jaxrelu[aot]"
         if options.platform == "h200" and not options.target.is_file():
-            return f"--target: no file {str(options.target)!r}; it stands in the repository's folder benchmarks"
+            return f"--target: no file {str(options.target)!r}; without the option the package's own is taken"
     if options.width % 64:
         return f"--width must be a multiple of 64, got {options.width}"
     if options.batch is not None and (options.batch % 128 or options.batch * options.width % 2**15):
