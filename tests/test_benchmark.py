@@ -4,13 +4,15 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from jaxrelu.benchmark import cli, timing
+from jaxrelu.benchmark import cli, networks, timing
+from jaxrelu.benchmark.peers import PEERS
 
 TINY = ["--quick", "--sizes=48,96", "--batch=128", "--width=256", "--layers=2", "--activations=relu,prelu"]
 FIELDS = {"activation", "peer", "what", "network", "dtype", "size", "spread", "device", "versions", "date"}
-PEERS = {"jaxrelu", "jax.nn", "flax", "torch", "copy", "identity", "jax.nn+checkpoint", "flax+checkpoint", "jax", "step"}
+NAMES = {"jaxrelu", "jax.nn", "flax", "torch", "copy", "identity", "jax.nn+checkpoint", "flax+checkpoint", "jax", "step"}
 
 
 def lines(path):
@@ -30,7 +32,7 @@ def measured(tmp_path_factory):
 def test_every_line_is_one_whole_measurement(measured):
     for record in lines(measured):
         assert record.keys() - {"fusions"} in (FIELDS | {"median_s"}, FIELDS | {"temp_bytes"})
-        assert record["peer"] in PEERS
+        assert record["peer"] in NAMES
         assert record.get("median_s", 1) > 0
         assert record.get("temp_bytes", 1) > 0
         assert (record["spread"] is None) == ("temp_bytes" in record)
@@ -156,6 +158,40 @@ def test_a_missing_part_is_one_line():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert run.stderr == "jaxrelu.benchmark: error: rich not found; install jaxrelu[benchmark]\n"
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_every_network_has_a_gradient(name):
+    built = networks.build(name, PEERS["prelu"].ours, 128, 256, jnp.bfloat16, layers=5)
+    gradients = jax.eval_shape(built.function, *built.arguments)
+    if built.loss is not None:
+        assert jax.tree.map(lambda p: (p.shape, p.dtype), gradients) == jax.tree.map(
+            lambda p: (p.shape, p.dtype), built.arguments[0]
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "parameters", "activations"),
+    [
+        # 11,173,962 for the ResNet-18 of CIFAR-10
+        ("resnet18", 8, 11_173_962, 17),
+        # torchvision's 3,504,872 without its last convolution, BatchNorm and head, with a head of 10 classes
+        ("mobilenet", 17, 3_504_872 - (320 * 1280 + 2 * 1280 + 1281 * 1000) + 321 * 10, 34),
+    ],
+)
+def test_whole_networks_have_the_published_parameters(name, layers, parameters, activations):
+    built = networks.build(name, PEERS["prelu"].ours, 128, 256, jnp.float32, layers=layers)
+    leaves = jax.tree.leaves(built.arguments[0])
+    assert sum(leaf.size for leaf in leaves if leaf.ndim) == parameters
+    assert sum(leaf.ndim == 0 for leaf in leaves) == activations
+
+
+def test_the_whole_unet_has_nine_pairs_of_convolutions_and_a_head():
+    built = networks.build("unet", PEERS["relu"].ours, 128, 256, jnp.float32, layers=16)
+    kernels = [leaf.shape for leaf in jax.tree.leaves(built.arguments[0]) if leaf.ndim == 4]
+    assert [shape[-1] for shape in kernels] == [n for c in (64, 128, 256, 512, 1024, 512, 256, 128, 64) for n in (c, c)] + [
+        3
+    ]
 
 
 def test_peers_take_turns():

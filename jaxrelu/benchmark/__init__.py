@@ -19,7 +19,13 @@ A line of JSON is one measurement, of one of these (`what`):
     resident    growth of the peak resident set by one step of a 12-layer mlp, in a process of its own
     import      `import jaxrelu` and `import jax`, each in a process of its own
 
-with `median_s` and `spread` (interquartile range) in seconds, or `temp_bytes`. The activation is null for what has none:
+The networks are dense (mlp, residual, blocks jitted one by one, layers under jax.checkpoint, scan, vmapped over examples,
+transformer), convolutional (conv, conv_norm, resnet18, mobilenet, unet) and steps of training in Flax (linen, nnx);
+`jaxrelu.benchmark.networks.build` says what batch, width and layers mean for each.
+
+A measurement comes with `median_s` and `spread` (interquartile range) in seconds, or with `temp_bytes`. The activation is null for what has none:
 the floor of the memory (peer identity) and the import. elu_output is `elu(save="output")`. The peer that ends in
 +checkpoint has every layer under `jax.checkpoint(dots_saveable)`.
 """
+
+__all__: list[str] = []

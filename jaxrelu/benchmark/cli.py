@@ -17,8 +17,12 @@ from tqdm import tqdm
 
 import jaxrelu
 from jaxrelu.benchmark import report
-from jaxrelu.benchmark.networks import AHEAD, NETWORKS, PEERS, TPUS, Target, targets_ahead
+from jaxrelu.benchmark.networks import NETWORKS
+from jaxrelu.benchmark.peers import PEERS
 from jaxrelu.benchmark.plan import Measures, Plan, here
+from jaxrelu.benchmark.targets import AHEAD, TPUS, Target, targets_ahead
+
+__all__ = ["build_parser", "main"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 # package data, as who has the wheel has no checkout

@@ -1,8 +1,7 @@
-"""The networks whose memory is measured, the activations and their peers, and the machines they are compiled for."""
+"""The networks whose memory is measured: the gradient of a loss, or a step of training in Flax."""
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,68 +10,12 @@ import optax
 from flax import linen as nn
 from flax import nnx
 from jax import Array, lax
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
-import jaxrelu
-from jaxrelu import inplace
+from jaxrelu.benchmark import vision
+from jaxrelu.benchmark.layers import TOKENS, Layer, Shape, dense, residual, transformer, vmapped
+from jaxrelu.benchmark.peers import SLOPE, Activation
 
-# of the input and a slope, which only prelu reads
-Activation = Callable[[Array, Array], Array]
-Shape = jax.ShapeDtypeStruct
-SLOPE = 0.25
-
-
-class Peers(NamedTuple):
-    """An activation and what it is measured against.
-
-    Attributes:
-        ours, reference: of x and a slope.
-        peer: the reference's name in the measurements.
-        inplace: of x alone.
-        torch: the name in `torch.nn.functional`.
-        learned: whether the slope is a parameter.
-    """
-
-    ours: Activation
-    reference: Activation
-    peer: str
-    inplace: Callable[[Array], Array]
-    torch: str
-    learned: bool = False
-
-
-def identity(x: Array, slope: Array) -> Array:
-    """Returns x: the floor, a network without activations."""
-    return x
-
-
-def _flax_prelu(x: Array, slope: Array) -> Array:
-    y: Any = nn.PReLU().apply({"params": {"negative_slope": slope}}, x)
-    return y
-
-
-def _unary(function: Callable[[Array], Array]) -> Activation:
-    return lambda x, slope: function(x)
-
-
-_jax_elu = _unary(jax.nn.elu)
-PEERS = {
-    "relu": Peers(_unary(jaxrelu.relu), _unary(jax.nn.relu), "jax.nn", inplace.relu, "relu"),
-    "leaky_relu": Peers(_unary(jaxrelu.leaky_relu), _unary(jax.nn.leaky_relu), "jax.nn", inplace.leaky_relu, "leaky_relu"),
-    "prelu": Peers(
-        jaxrelu.prelu, _flax_prelu, "flax", functools.partial(inplace.prelu, negative_slope=SLOPE), "prelu", True
-    ),
-    "elu": Peers(_unary(jaxrelu.elu), _jax_elu, "jax.nn", inplace.elu, "elu"),
-    "elu_output": Peers(
-        _unary(functools.partial(jaxrelu.elu, save="output")),
-        _jax_elu,
-        "jax.nn",
-        functools.partial(inplace.elu, save="output"),
-        "elu",
-    ),
-    "relu6": Peers(_unary(jaxrelu.relu6), _unary(jax.nn.relu6), "jax.nn", inplace.relu6, "relu6"),
-}
+__all__ = ["EXPERT", "NETWORKS", "Network", "adam", "adam_step", "build"]
 
 
 class Network(NamedTuple):
@@ -89,12 +32,6 @@ class Network(NamedTuple):
     loss: Callable[..., Array] | None = None
 
 
-class _Kind(NamedTuple):
-    layer: Callable[[Activation, Any, Array], Array]
-    parameters: Callable[[int, Any], tuple[Shape, ...]]
-    wrap: Callable[[Any], Any] = lambda layer: layer
-
-
 def build(
     name: str, activation: Activation, batch: int, width: int, dtype: Any, *, layers: int = 8, expert: bool = False
 ) -> Network:
@@ -104,123 +41,83 @@ def build(
         name: one of NETWORKS.
         activation: of x and a slope.
         batch: of the dense networks.
-        width: of the dense networks; the others have as many elements in an activation.
+        width: of the dense networks. The convolutional ones take as many images as give an activation of the first stage
+            batch x width elements; resnet18, mobilenet and unet take one at least.
         dtype: of parameters and activations.
-        layers: how many; the transformer has a quarter.
+        layers: how many; the transformer has a quarter. resnet18 has as many basic blocks, 8 at most; mobilenet as many
+            inverted residuals, 17 at most; unet halves the resolution once for each four, at least once and at most 4 times.
         expert: whether each layer stands under `jax.checkpoint(dots_saveable)`, the known remedy.
     """
     if name in _STEPS:
         return _STEPS[name](activation, batch, width, dtype, layers)
-    kind = _KINDS[name]
-    layer = functools.partial(kind.layer, activation)
-    layer = _remat(layer) if expert else kind.wrap(layer)
-    x, count = Shape((batch, width), dtype), layers
-    if name in ("conv", "conv_norm"):
-        x = Shape((batch * width // (16 * 16 * CHANNELS), 16, 16, CHANNELS), dtype)
-    elif name == "transformer":
-        x, count = Shape((batch // TOKENS, TOKENS, width), dtype), max(1, layers // 4)
-    each = kind.parameters(width, dtype)
-    if name == "scan":
-        parameters: Any = tuple(Shape((count, *p.shape), p.dtype) for p in each)
+    if name in _CONVOLUTIONAL:
+        x, network = _CONVOLUTIONAL[name](batch * width, dtype, layers)
     else:
-        parameters = [each] * count
+        x, network = _DENSE[name](batch, width, dtype, layers)
+    wrap = _remat if expert else _WRAPS.get(name, _as_it_is)
 
-    def carry(x: Array, p: Any) -> tuple[Array, None]:
-        return layer(p, x), None
+    # remembered, so that a layer which is jitted by itself is traced once for the whole network
+    @functools.cache
+    def wrapped(apply: Callable[..., Array]) -> Callable[[Any, Array], Array]:
+        return wrap(functools.partial(apply, activation))
 
     def loss(parameters: Any, x: Array) -> Array:
-        if name == "scan":
-            x, _ = lax.scan(carry, x, parameters)
-        else:
-            for p in parameters:
-                x = layer(p, x)
+        for layer, p in zip(network, parameters, strict=True):
+            x = wrapped(layer.apply)(p, x)
         return _mean_square(x)
 
-    return Network(jax.grad(loss), (parameters, x), loss)
+    def loss_of_scan(parameters: Any, x: Array) -> Array:
+        def carry(x: Array, p: Any) -> tuple[Array, None]:
+            return wrapped(network[0].apply)(p, x), None
+
+        return _mean_square(lax.scan(carry, x, parameters)[0])
+
+    if name == "scan":
+        stacked = [Shape((layers, *p.shape), p.dtype) for p in network[0].parameters]
+        return Network(jax.grad(loss_of_scan), (stacked, x), loss_of_scan)
+    return Network(jax.grad(loss), ([layer.parameters for layer in network], x), loss)
 
 
 def _mean_square(y: Array) -> Array:
     return jnp.mean(jnp.square(y.astype(jnp.float32)))
 
 
-def _dense(activation: Activation, parameters: Any, x: Array) -> Array:
-    w, b, slope = parameters
-    return activation(x @ w + b, slope)
+def _repeated(layer: Callable[[int, Any], Layer]) -> Callable[..., tuple[Shape, list[Layer]]]:
+    """Returns the network that repeats a layer which keeps the width."""
+
+    def repeat(batch: int, width: int, dtype: Any, layers: int) -> tuple[Shape, list[Layer]]:
+        return Shape((batch, width), dtype), [layer(width, dtype)] * layers
+
+    return repeat
 
 
-def _residual(activation: Activation, parameters: Any, x: Array) -> Array:
-    w, b, slope = parameters
-    return activation(x + x @ w + b, slope)
+def _transformer(batch: int, width: int, dtype: Any, layers: int) -> tuple[Shape, list[Layer]]:
+    return Shape((batch // TOKENS, TOKENS, width), dtype), [transformer(width, dtype)] * max(1, layers // 4)
 
 
-def _dense_parameters(width: int, dtype: Any) -> tuple[Shape, ...]:
-    return Shape((width, width), dtype), Shape((width,), dtype), Shape((), jnp.float32)
-
-
-CHANNELS = 128
-
-
-def _convolve(x: Array, w: Array) -> Array:
-    return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def _conv(activation: Activation, parameters: Any, x: Array) -> Array:
-    w, b, slope = parameters
-    return activation(_convolve(x, w) + b, slope)
-
-
-def _conv_parameters(width: int, dtype: Any) -> tuple[Shape, ...]:
-    return Shape((3, 3, CHANNELS, CHANNELS), dtype), Shape((CHANNELS,), dtype), Shape((), jnp.float32)
-
-
-def _conv_norm(activation: Activation, parameters: Any, x: Array) -> Array:
-    w, scale, bias, slope = parameters
-    z = _convolve(x, w).astype(jnp.float32)
-    mean = z.mean((0, 1, 2))
-    variance = jnp.square(z).mean((0, 1, 2)) - jnp.square(mean)
-    return activation(((z - mean) * lax.rsqrt(variance + 1e-5) * scale + bias).astype(x.dtype), slope)
-
-
-def _conv_norm_parameters(width: int, dtype: Any) -> tuple[Shape, ...]:
-    channels = Shape((CHANNELS,), jnp.float32)
-    return Shape((3, 3, CHANNELS, CHANNELS), dtype), channels, channels, Shape((), jnp.float32)
-
-
-TOKENS, HEAD = 128, 64
-
-
-def _layer_norm(x: Array, scale: Array) -> Array:
-    wide = x.astype(jnp.float32)
-    centred = wide - wide.mean(-1, keepdims=True)
-    return (centred * lax.rsqrt(wide.var(-1, keepdims=True) + 1e-5) * scale).astype(x.dtype)
-
-
-def _transformer(activation: Activation, parameters: Any, x: Array) -> Array:
-    qkv, out, up, down, scale_1, scale_2, slope = parameters
-    batch, tokens, width = x.shape
-    q, k, v = jnp.moveaxis((_layer_norm(x, scale_1) @ qkv).reshape(batch, tokens, 3, width // HEAD, HEAD), 2, 0)
-    weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k).astype(jnp.float32) / HEAD**0.5).astype(x.dtype)
-    x += jnp.einsum("bhts,bshd->bthd", weights, v).reshape(x.shape) @ out
-    return x + activation(_layer_norm(x, scale_2) @ up, slope) @ down
-
-
-def _transformer_parameters(width: int, dtype: Any) -> tuple[Shape, ...]:
-    scale = Shape((width,), jnp.float32)
-    matrices = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
-    return *(Shape(shape, dtype) for shape in matrices), scale, scale, Shape((), jnp.float32)
+def _as_it_is(layer: Any) -> Any:
+    return layer
 
 
 _remat = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
-_KINDS = {
-    "mlp": _Kind(_dense, _dense_parameters),
-    "residual": _Kind(_residual, _dense_parameters),
-    "blocks": _Kind(_dense, _dense_parameters, jax.jit),
-    "checkpoint": _Kind(_dense, _dense_parameters, _remat),
-    "scan": _Kind(_dense, _dense_parameters),
-    "conv": _Kind(_conv, _conv_parameters),
-    "conv_norm": _Kind(_conv_norm, _conv_norm_parameters),
-    "transformer": _Kind(_transformer, _transformer_parameters),
+_mlp = _repeated(dense)
+_DENSE = {
+    "mlp": _mlp,
+    "residual": _repeated(residual),
+    "blocks": _mlp,
+    "checkpoint": _mlp,
+    "scan": _mlp,
+    "vmapped": _repeated(vmapped),
+    "transformer": _transformer,
 }
+_CONVOLUTIONAL = {
+    "conv": vision.conv,
+    "conv_norm": vision.conv_norm,
+    "resnet18": vision.resnet18,
+    "mobilenet": vision.mobilenet,
+    "unet": vision.unet,
+}
+_WRAPS = {"blocks": jax.jit, "checkpoint": _remat}
 # where the expert's way is another network: dots_saveable keeps what matrix products return
 EXPERT = ("mlp", "residual", "transformer")
 adam = optax.adam(1e-3)
@@ -289,56 +186,4 @@ def _nnx_step(activation: Activation, batch: int, width: int, dtype: Any, layers
 
 
 _STEPS = {"linen": _linen_step, "nnx": _nnx_step}
-NETWORKS = (*_KINDS, *_STEPS)
-
-
-class Target(NamedTuple):
-    """A machine to compile for.
-
-    Attributes:
-        device: of the machine's topology, or a real one.
-        name: for the measurements.
-        options: the compiler's options that differ from the default.
-        ahead: whether the machine is absent.
-    """
-
-    device: Any
-    name: str
-    options: dict[str, Any] | None = None
-    ahead: bool = False
-
-
-TPUS = ("tpu-v5e", "tpu-v6e")
-AHEAD = (*TPUS, "h200")
-
-
-def targets_ahead(platform: str, description: Path) -> list[Target]:
-    """Returns the targets of a platform that is not there.
-
-    Args:
-        platform: one of AHEAD.
-        description: the GPU's target description, a text protobuf.
-    """
-    if platform in TPUS:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{platform.removeprefix('tpu-')}:2x2")
-        return [Target(topology.devices[0], f"{platform}, compiled ahead of time", ahead=True)]
-    topology = topologies.get_topology_desc(platform="cuda", target_config=description.read_text(), topology="1x1x1")
-    # without a device nothing is autotuned, so that XLA's own choice of matrix products is unknown: both are reported
-    modes = {"Triton": True, "cuBLAS": False}
-    return [
-        Target(
-            topology.devices[0], f"h200 {mode}, compiled ahead of time", {"xla_gpu_enable_triton_gemm": triton}, ahead=True
-        )
-        for mode, triton in modes.items()
-    ]
-
-
-def compile_network(network: Network, target: Target) -> Any:
-    """Returns the network compiled for the target."""
-    sharding = SingleDeviceSharding(target.device)
-
-    def placed(s: Shape) -> Shape:
-        return Shape(s.shape, s.dtype, sharding=sharding)
-
-    arguments = jax.tree.map(placed, network.arguments)
-    return jax.jit(network.function).lower(*arguments).compile(compiler_options=target.options)
+NETWORKS = (*_DENSE, *_CONVOLUTIONAL, *_STEPS)

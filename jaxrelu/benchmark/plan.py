@@ -10,7 +10,11 @@ from typing import Any
 import jax
 
 from jaxrelu.benchmark import timing
-from jaxrelu.benchmark.networks import EXPERT, PEERS, Activation, Target, build, compile_network, identity
+from jaxrelu.benchmark.networks import EXPERT, build
+from jaxrelu.benchmark.peers import PEERS, Activation, identity
+from jaxrelu.benchmark.targets import Target, compile_network
+
+__all__ = ["Measures", "Plan", "here"]
 
 Measures = dict[str, Any]
 

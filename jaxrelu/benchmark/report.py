@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+__all__ = ["group", "plot_memory", "print_tables", "value"]
+
 Record = Mapping[str, Any]
 # what stands in one row of a table
 KEYS = ("device", "what", "network", "activation", "dtype", "size")
@@ -158,7 +160,10 @@ def plot_memory(records: Sequence[Record], path: Path) -> None:
     rows = {key: peers for key, peers in group(records).items() if key[1] == "memory"}
     # the floor of a run that was interrupted has no activation beside it
     panels = list(dict.fromkeys(key[0] for key in rows if key[3]))
-    figure, axes = plt.subplots(len(panels), figsize=(8, 1.2 + 2.4 * len(panels)), layout="constrained", squeeze=False)
+    most = max((len({key[2] for key in rows if key[0] == device}) for device in panels), default=0)
+    figure, axes = plt.subplots(
+        len(panels), figsize=(max(8, 0.8 * most), 1.2 + 2.4 * len(panels)), layout="constrained", squeeze=False
+    )
     for axis, device in zip(axes[:, 0], panels, strict=True):
         _, _, _, activation, dtype, size = next(key for key in rows if key[0] == device and key[3])
         chosen = {

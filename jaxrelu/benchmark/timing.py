@@ -19,8 +19,23 @@ import numpy as np
 import optax
 from jax import Array
 
-from jaxrelu.benchmark.networks import PEERS, SLOPE, adam, adam_step, build, identity
+from jaxrelu.benchmark.networks import adam, adam_step, build
+from jaxrelu.benchmark.peers import PEERS, SLOPE, identity
 from jaxrelu.diagnostics import observe
+
+__all__ = [
+    "Timing",
+    "eager",
+    "elementwise",
+    "grow",
+    "import_times",
+    "interleave",
+    "observed_step",
+    "resident_bytes",
+    "torch_here",
+    "torch_saved_bytes",
+    "training_step",
+]
 
 Call = Callable[[], Any]
 

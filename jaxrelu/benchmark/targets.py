@@ -1,0 +1,65 @@
+"""The machines that networks are compiled for, present or absent."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from jaxrelu.benchmark.layers import Shape
+from jaxrelu.benchmark.networks import Network
+
+__all__ = ["AHEAD", "TPUS", "Target", "compile_network", "targets_ahead"]
+
+
+class Target(NamedTuple):
+    """A machine to compile for.
+
+    Attributes:
+        device: of the machine's topology, or a real one.
+        name: for the measurements.
+        options: the compiler's options that differ from the default.
+        ahead: whether the machine is absent.
+    """
+
+    device: Any
+    name: str
+    options: dict[str, Any] | None = None
+    ahead: bool = False
+
+
+TPUS = ("tpu-v5e", "tpu-v6e")
+AHEAD = (*TPUS, "h200")
+
+
+def targets_ahead(platform: str, description: Path) -> list[Target]:
+    """Returns the targets of a platform that is not there.
+
+    Args:
+        platform: one of AHEAD.
+        description: the GPU's target description, a text protobuf.
+    """
+    if platform in TPUS:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{platform.removeprefix('tpu-')}:2x2")
+        return [Target(topology.devices[0], f"{platform}, compiled ahead of time", ahead=True)]
+    topology = topologies.get_topology_desc(platform="cuda", target_config=description.read_text(), topology="1x1x1")
+    # without a device nothing is autotuned, so that XLA's own choice of matrix products is unknown: both are reported
+    modes = {"Triton": True, "cuBLAS": False}
+    return [
+        Target(
+            topology.devices[0], f"h200 {mode}, compiled ahead of time", {"xla_gpu_enable_triton_gemm": triton}, ahead=True
+        )
+        for mode, triton in modes.items()
+    ]
+
+
+def compile_network(network: Network, target: Target) -> Any:
+    """Returns the network compiled for the target."""
+    sharding = SingleDeviceSharding(target.device)
+
+    def placed(s: Shape) -> Shape:
+        return Shape(s.shape, s.dtype, sharding=sharding)
+
+    arguments = jax.tree.map(placed, network.arguments)
+    return jax.jit(network.function).lower(*arguments).compile(compiler_options=target.options)
