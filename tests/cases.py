@@ -1,8 +1,10 @@
-"""One row an activation: the function, its exact value and derivative, its kinks and the accuracy it grants."""
+"""One row for each activation: its exact value and derivative, its kinks, what it takes, and the accuracy it grants."""
 
 import dataclasses
+import fractions
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +17,23 @@ import jaxrelu
 DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 
 
-def expm1(x: np.ndarray) -> np.ndarray:
-    """Returns expm1 of each number, correctly rounded to float64."""
-    with mpmath.workdps(40):
-        return np.array([float(mpmath.expm1(v)) for v in x.ravel()]).reshape(x.shape)
+class Exact:
+    """exp and expm1 of float64 arrays, correctly rounded. Slow: up to 32 bits, NumPy's in float64 are exact enough."""
+
+    @staticmethod
+    def exp(x: np.ndarray) -> np.ndarray:
+        with mpmath.workdps(40):
+            return np.array([float(mpmath.exp(v)) for v in x.ravel()]).reshape(x.shape)
+
+    @staticmethod
+    def expm1(x: np.ndarray) -> np.ndarray:
+        with mpmath.workdps(40):
+            return np.array([float(mpmath.expm1(v)) for v in x.ravel()]).reshape(x.shape)
 
 
-def exp(x: np.ndarray) -> np.ndarray:
-    """Returns exp of each number, correctly rounded to float64."""
-    with mpmath.workdps(40):
-        return np.array([float(mpmath.exp(v)) for v in x.ravel()]).reshape(x.shape)
+def zero(x: np.ndarray, _: Any = np) -> np.ndarray:
+    """Returns zeros of the shape of x, as value or derivative of a flat side."""
+    return np.zeros_like(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,108 +41,178 @@ class Case:
     """What is known of one activation, from its definition and in float64.
 
     Attributes:
-        function: the function under test, of x and kink.
+        name: the function's name in `jaxrelu` and `jaxrelu.inplace`.
         module: the class's name in `jaxrelu.linen` and `jaxrelu.nnx`.
-        inactive, inactive_slope: value and derivative for x < 0, of float64 arrays of negative numbers.
+        inactive, inactive_slope, curvature: value, first and second derivative for x < 0, of a float64 array of negative
+            numbers and of what computes exp and expm1: NumPy or `Exact`.
         kinks: kink to the derivatives on its inactive and its active side.
         slope_at_nan: the derivative at NaN.
+        gains: the forward and the backward gain, to ten decimals.
+        arguments: the arguments that have no default; the other columns are for these.
+        parameter: the name of the argument that may be an array, if there is one.
+        basis: the value for x < 0 where the parameter is 1, of float64 arrays, if there is a parameter.
+        calls: other ways to call it, (positional, keywords) after an x of shape (3, 5).
+        module_options: the options of the modules for 5 channels.
+        keeps_integers: whether integers stay integers.
         top: the upper bound.
         ulps, slope_ulps: error granted to value and derivative, in ulps of the exact number, in the dtypes up to 32 bits.
     """
 
     name: str
-    function: Callable[..., jax.Array]
     module: str
-    inactive: Callable[[np.ndarray], np.ndarray]
-    inactive_slope: Callable[[np.ndarray], np.ndarray]
+    inactive: Callable[..., np.ndarray]
+    inactive_slope: Callable[..., np.ndarray]
     kinks: dict[float, tuple[float, float]]
     slope_at_nan: float
+    gains: tuple[float, float]
+    curvature: Callable[..., np.ndarray] = zero
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parameter: str | None = None
+    basis: Callable[[np.ndarray], np.ndarray] | None = None
+    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...] = ()
+    module_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    keeps_integers: bool = False
     top: float = np.inf
     ulps: float = 0.0
     slope_ulps: float = 0.0
 
-    def value(self, x: np.ndarray) -> np.ndarray:
+    @property
+    def public(self) -> Callable[..., jax.Array]:
+        """The function as it is imported."""
+        return getattr(jaxrelu, self.name)
+
+    @functools.cached_property
+    def function(self) -> Callable[..., jax.Array]:
+        """The function of x and kink."""
+        return functools.partial(self.public, **self.arguments) if self.arguments else self.public
+
+    def value(self, x: np.ndarray, library: Any = np) -> np.ndarray:
         """Returns the exact value at each number."""
         y = np.minimum(x, self.top)
-        y[x <= 0] = self.inactive(x[x <= 0])
+        y[x <= 0] = self.inactive(x[x <= 0], library)
         return y
 
-    def slope(self, x: np.ndarray) -> np.ndarray:
+    def slope(self, x: np.ndarray, library: Any = np) -> np.ndarray:
         """Returns the derivative at each number for kink 0."""
         slope = np.where(x < self.top, 1.0, 0.0) if np.isfinite(self.top) else np.ones_like(x)
-        slope[x < 0] = self.inactive_slope(x[x < 0])
+        slope[x < 0] = self.inactive_slope(x[x < 0], library)
         for kink, (inactive, _) in self.kinks.items():
             slope[x == kink] = inactive
         slope[np.isnan(x)] = self.slope_at_nan
         return slope
 
 
+# along the three rows of an x of shape (3, 5)
+ROWS = np.float32([0.1, 0.2, 0.3])
 CASES = (
     Case(
         name="relu",
-        function=jaxrelu.relu,
         module="ReLU",
-        inactive=np.zeros_like,
-        inactive_slope=np.zeros_like,
+        inactive=zero,
+        inactive_slope=zero,
         kinks={0.0: (0.0, 1.0)},
         slope_at_nan=0.0,
+        gains=(1.4142135624, 1.4142135624),
+        calls=(((), {}), ((), {"kink": 0.5})),
+        keeps_integers=True,
     ),
     Case(
         name="leaky_relu",
-        function=jaxrelu.leaky_relu,
         module="LeakyReLU",
-        inactive=lambda x: 0.01 * x,
-        inactive_slope=lambda x: np.full_like(x, 0.01),
+        inactive=lambda x, _: 0.01 * x,
+        inactive_slope=lambda x, _: np.full_like(x, 0.01),
         kinks={0.0: (0.01, 1.0)},
         slope_at_nan=0.01,
+        gains=(1.4141428570, 1.4141428570),
+        parameter="negative_slope",
+        basis=lambda x: x,
+        calls=(
+            ((), {"negative_slope": 0.1}),
+            ((ROWS[:, None],), {}),
+            ((0.3,), {"kink": 1.0}),
+            ((np.float32(0.1),), {}),
+            ((fractions.Fraction(1, 3),), {}),
+        ),
         ulps=1.0,
         slope_ulps=1.0,
     ),
     Case(
         name="prelu",
-        function=functools.partial(jaxrelu.prelu, negative_slope=0.25),
         module="PReLU",
-        inactive=lambda x: 0.25 * x,
-        inactive_slope=lambda x: np.full_like(x, 0.25),
+        inactive=lambda x, _: 0.25 * x,
+        inactive_slope=lambda x, _: np.full_like(x, 0.25),
         kinks={0.0: (0.25, 1.0)},
         slope_at_nan=0.25,
+        gains=(1.3719886811, 1.3719886811),
+        arguments={"negative_slope": 0.25},
+        parameter="negative_slope",
+        basis=lambda x: x,
+        calls=(((ROWS,), {"axis": 0}), ((0.5,), {})),
+        module_options={"num_parameters": 5},
         ulps=1.0,
         slope_ulps=1.0,
     ),
     Case(
         name="elu",
-        function=jaxrelu.elu,
         module="ELU",
-        inactive=expm1,
-        inactive_slope=exp,
+        inactive=lambda x, library: library.expm1(x),
+        inactive_slope=lambda x, library: library.exp(x),
+        curvature=lambda x, library: library.exp(x),
         kinks={0.0: (1.0, 1.0)},
         slope_at_nan=np.nan,
+        gains=(1.2451983007, 1.2234285576),
+        parameter="alpha",
+        basis=np.expm1,
+        calls=(
+            ((), {"alpha": 0.5}),
+            ((np.float32(0.5),), {"save": "output"}),
+            ((ROWS[:, None],), {}),
+            ((2,), {"kink": 0.5}),
+        ),
         ulps=1.0,
         slope_ulps=1.5,
     ),
     Case(
         name="relu6",
-        function=jaxrelu.relu6,
         module="ReLU6",
-        inactive=np.zeros_like,
-        inactive_slope=np.zeros_like,
+        inactive=zero,
+        inactive_slope=zero,
         kinks={0.0: (0.0, 1.0), 6.0: (0.0, 1.0)},
         slope_at_nan=0.0,
+        gains=(1.4142135651, 1.4142135638),
+        calls=(((), {"kink": 2}),),
+        keeps_integers=True,
         top=6.0,
     ),
 )
 
+WITH_PARAMETER = [case for case in CASES if case.parameter]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+each_parameter = pytest.mark.parametrize("case", WITH_PARAMETER, ids=lambda case: case.name)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 
 
-def derivative(function, x):
-    """Returns the derivative at each number, after checking that forward and reverse mode agree bitwise."""
-    ones = jnp.ones_like(x)
-    _, forward = jax.jvp(function, (x,), (ones,))
-    (reverse,) = jax.vjp(function, x)[1](ones)
-    assert np.asarray(forward).tobytes() == np.asarray(reverse).tobytes()
-    return forward
+def value_and_derivatives(function):
+    """Returns the function of x that gives value and derivative of an elementwise one, by forward and by reverse mode."""
+
+    def all_three(x):
+        ones = jnp.ones_like(x)
+        value, forward = jax.jvp(function, (x,), (ones,))
+        return value, forward, jax.vjp(function, x)[1](ones)[0]
+
+    return all_three
+
+
+def agreed(results):
+    """Returns value and derivative as NumPy arrays, after checking that forward and reverse mode agree bitwise."""
+    value, forward, reverse = map(np.asarray, results)
+    assert forward.tobytes() == reverse.tobytes()
+    return value, forward
+
+
+def value_and_derivative(function, x):
+    """Returns value and derivative of one function at each number, as NumPy arrays, computed by one program."""
+    return agreed(jax.jit(value_and_derivatives(function))(x))
 
 
 def assert_ulps(actual: jax.Array, exact: np.ndarray, ulps: float) -> None:

@@ -26,11 +26,27 @@ PROMOTING = (
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
-    # most of the suite's time is XLA's: what a test has compiled, a later test in the same process loads
-    compiled = tempfile.TemporaryDirectory(prefix="jaxrelu-tests-")
-    config.add_cleanup(compiled.cleanup)
-    jax.config.update("jax_compilation_cache_dir", compiled.name)
+    # JAX does not lock the cache: what the other worker is still writing, or a killed run left half written, is compiled
+    config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning")
+    # most of the suite's time is XLA's: what was compiled once is loaded by the other worker and by the next run
+    jax.config.update("jax_compilation_cache_dir", compilation_cache(config))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def compilation_cache(config: pytest.Config) -> str:
+    """Returns a folder in pytest's own cache, one for each version of JAX, or a temporary one if pytest keeps no cache."""
+    if hasattr(config, "cache"):
+        return str(config.cache.mkdir(f"jax-{jax.__version__}"))
+    folder = tempfile.TemporaryDirectory(prefix="jaxrelu-tests-")
+    config.add_cleanup(folder.cleanup)
+    return folder.name
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_let_go() -> Iterator[None]:
+    """Frees what JAX holds of a module's programs, a gigabyte by the end of the suite."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

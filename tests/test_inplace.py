@@ -1,4 +1,4 @@
-import fractions
+import inspect
 
 import chex
 import jax
@@ -6,11 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxrelu
 from cases import Case, each_case
 from jaxrelu import inplace
 
-ARGUMENTS = {"prelu": (0.25,)}
 X = np.linspace(-8, 8, 1001, dtype=np.float32)
 
 
@@ -18,11 +16,10 @@ X = np.linspace(-8, 8, 1001, dtype=np.float32)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32], ids=["float16", "bfloat16", "float32"])
 def test_output_takes_over_the_buffer(case: Case, dtype):
     function = getattr(inplace, case.name)
-    arguments = ARGUMENTS.get(case.name, ())
     x = jnp.array(X, dtype)  # a copy: asarray may share NumPy's memory, which is never given away
     expected = case.function(x)
     address = x.unsafe_buffer_pointer()
-    y = function(x, *arguments)
+    y = function(x, **case.arguments)
     assert y.unsafe_buffer_pointer() == address
     chex.assert_trees_all_equal(y, expected)
     with pytest.raises(RuntimeError, match="deleted"):
@@ -33,9 +30,9 @@ def test_output_takes_over_the_buffer(case: Case, dtype):
 def test_a_later_use_after_an_eager_grad_raises(case: Case):
     function = getattr(inplace, case.name)
     x = jnp.asarray(X)
-    expected = jax.grad(lambda x: case.function(x).sum())(x)
-    gradient = jax.grad(lambda x: function(x, *ARGUMENTS.get(case.name, ())).sum())(x)
-    chex.assert_trees_all_equal(gradient, expected)
+    expected = np.float32(case.slope(np.float64(X)))
+    gradient = jax.grad(lambda x: function(x, **case.arguments).sum())(x)
+    np.testing.assert_allclose(gradient, expected, rtol=2e-7)
     with pytest.raises(RuntimeError, match="deleted"):
         x + 1
 
@@ -43,50 +40,35 @@ def test_a_later_use_after_an_eager_grad_raises(case: Case):
 @each_case
 def test_inside_jit_it_is_the_plain_function(case: Case):
     x = jnp.asarray(X)
-    function = jax.jit(lambda x: getattr(inplace, case.name)(x, *ARGUMENTS.get(case.name, ())))
+    function = jax.jit(lambda x: getattr(inplace, case.name)(x, **case.arguments))
     chex.assert_trees_all_equal(function(x), case.function(x))
     assert not x.is_deleted()
 
 
-def test_arguments_are_those_of_the_functions():
+@each_case
+def test_arguments_are_those_of_the_functions(case: Case):
     x = np.float32(np.random.default_rng(0).normal(size=(3, 5)))
-    slopes = jnp.float32([0.1, 0.2, 0.3])
-    calls = {
-        "relu": [({}, ()), ({"kink": 0.5}, ())],
-        "leaky_relu": [
-            ({"negative_slope": 0.1}, ()),
-            ({}, (slopes[:, None],)),
-            ({"kink": 1.0}, (0.3,)),
-            ({}, (np.float32(0.1),)),
-            ({}, (fractions.Fraction(1, 3),)),
-        ],
-        "prelu": [({"axis": 0}, (slopes,)), ({}, (0.5,))],
-        "elu": [
-            ({"alpha": 0.5}, ()),
-            ({"save": "output"}, (np.float32(0.5),)),
-            ({}, (slopes[:, None],)),
-            ({"kink": 0.5}, (2,)),
-        ],
-        "relu6": [({"kink": 2}, ())],
-    }
-    for name, forms in calls.items():
-        for keywords, positional in forms:
-            expected = getattr(jaxrelu, name)(jnp.asarray(x), *positional, **keywords)
-            chex.assert_trees_all_equal(getattr(inplace, name)(jnp.asarray(x), *positional, **keywords), expected)
+    function = getattr(inplace, case.name)
+    assert inspect.signature(function).parameters.keys() == inspect.signature(case.public).parameters.keys()
+    assert case.calls
+    for positional, keywords in case.calls:
+        # NumPy's x shares no memory with what is given away
+        expected = case.public(x, *positional, **keywords)
+        chex.assert_trees_all_equal(function(jnp.array(x), *positional, **keywords), expected)
 
 
 @each_case
 def test_what_has_no_buffer_to_give_is_refused(case: Case):
     function = getattr(inplace, case.name)
     for bad in (X, 1.0, [1.0], None):
-        with pytest.raises(TypeError, match=rf"inplace.{case.name}: x must be a JAX array.*; use jaxrelu.{case.name}"):
-            function(bad, *ARGUMENTS.get(case.name, ()))
+        with pytest.raises(TypeError, match=rf"^(inplace\.)?{case.name}: x must be a JAX array.*; use jaxrelu.{case.name}"):
+            function(bad, **case.arguments)
     integers = jnp.arange(3)
-    if case.name in ("relu", "relu6"):
+    if case.keeps_integers:
         assert function(integers).tolist() == [0, 1, 2]
     else:
         with pytest.raises(TypeError, match="JAX array of floats"):
-            function(integers, *ARGUMENTS.get(case.name, ()))
+            function(integers, **case.arguments)
 
 
 def test_errors_are_those_of_the_functions():
@@ -118,8 +100,20 @@ def test_equal_numbers_of_another_type_are_refused():
 
 
 def test_a_new_slope_of_prelu_compiles_nothing():
-    inplace.prelu(jnp.ones(3), 0.1)
-    size = inplace._donating._cache_size()
-    for slope in (0.2, 0.3):
-        inplace.prelu(jnp.ones(3), slope)
-    assert inplace._donating._cache_size() == size
+    compiled = []
+
+    def listener(event, duration, **_):
+        if event.startswith("/jax/core/compile"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        x = [jnp.array(X[:13]) for _ in range(3)]
+        inplace.prelu(x[0], 0.1)
+        assert compiled
+        compiled.clear()
+        for array, slope in zip(x[1:], (0.2, 0.3), strict=True):
+            inplace.prelu(array, slope)
+        assert not compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
