@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
@@ -55,13 +55,13 @@ def relu(x: ArrayLike, *, kink: float = 0.0) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _relu(x: Array, kink: float) -> tuple[Array, Array]:
-    y = jnp.maximum(x, 0)
+    y = lowering.separate(jnp.maximum, x, 0)
     if jnp.issubdtype(x.dtype, jnp.integer):  # no derivative, and some narrow ones no abs
         return y, y
     # CPU: XLA goes back to x from maximum(x, 0), and without abs in a transformer too, as it merges the two uses of x into
     # one: 520 MiB for 432 (jax 0.12). GPU: the matrix product takes in bias and relu if relu is a maximum; XLA turns
     # maximum(x, 0) > 0 into x > 0, but leaves the sign
-    opaque = jnp.where(x > 0, jnp.abs(x), y)
+    opaque = jnp.where(x > 0, jnp.abs(x), jnp.maximum(x, 0))
     return lowering.readable(x, y, opaque, on_gpu=(y, jnp.sign(y)))
 
 
@@ -70,7 +70,7 @@ def _relu_jvp(kink: float, primals: Any, tangents: Any) -> _Pairs:
     (x,), (g,) = primals, tangents
     y, read = _relu(x, kink)
     # selected, never multiplied by a mask: an infinite gradient through an inactive unit gives 0
-    t = jnp.where(read > 0, g, _only_at_kink(x == 0, kink, g))
+    t = lax.select(read > 0, g, _only_at_kink(x == 0, kink, g))
     return (y, read), (t, jnp.zeros_like(read))
 
 
@@ -299,7 +299,7 @@ def relu6(x: ArrayLike, *, kink: float = 0.0) -> Array:
 def _relu6(x: Array, kink: float) -> tuple[Array, Array]:
     integer = jnp.issubdtype(x.dtype, jnp.integer)
     top = min(6, int(jnp.iinfo(x.dtype).max)) if integer else 6  # int2 ends at 1
-    y = jnp.minimum(jnp.maximum(x, 0), top)
+    y = lowering.separate(lambda x: jnp.minimum(jnp.maximum(x, 0), top), x)
     # CPU and GPU: XLA goes back to x from minimum(maximum(x, 0), 6)
     opaque = jnp.where(x > 0, jnp.minimum(x, top), jnp.maximum(x, 0))
     return (y, y) if integer else lowering.readable(x, y, opaque, on_gpu=(opaque, opaque))
@@ -309,7 +309,7 @@ def _relu6(x: Array, kink: float) -> tuple[Array, Array]:
 def _relu6_jvp(kink: float, primals: Any, tangents: Any) -> _Pairs:
     (x,), (g,) = primals, tangents
     y, read = _relu6(x, kink)
-    t = jnp.where((read > 0) & (read < 6), g, _only_at_kink((x == 0) | (x == 6), kink, g))
+    t = lax.select((read > 0) & (read < 6), g, _only_at_kink((x == 0) | (x == 6), kink, g))
     return (y, read), (t, jnp.zeros_like(read))
 
 
