@@ -1,13 +1,15 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxrelu.benchmark import cli, networks, timing
+from jaxrelu.benchmark import children, cli, networks, polynomial, targets, timing
 from jaxrelu.benchmark.peers import PEERS
 
 TINY = ["--quick", "--sizes=48,96", "--batch=128", "--width=256", "--layers=2", "--activations=relu,prelu"]
@@ -23,15 +25,21 @@ def lines(path):
 def measured(tmp_path_factory):
     """Returns the file of one tiny run."""
     path = tmp_path_factory.mktemp("benchmark") / "lines.jsonl"
+    interleave = timing.interleave
+
+    def briefly(calls, seconds, **bounds):
+        return interleave(calls, 0.0, **bounds)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "_child", lambda code, **environment: "3")
+        patch.setattr(timing, "interleave", briefly)
+        patch.setattr(children, "run", lambda code, **environment: "3")
         assert cli.main([*TINY, f"--json={path}"]) == 0
     return path
 
 
 def test_every_line_is_one_whole_measurement(measured):
     for record in lines(measured):
-        assert record.keys() - {"fusions"} in (FIELDS | {"median_s"}, FIELDS | {"temp_bytes"})
+        assert record.keys() - {"fusions", "kernels", "peak_bytes"} in (FIELDS | {"median_s"}, FIELDS | {"temp_bytes"})
         assert record["peer"] in NAMES
         assert record.get("median_s", 1) > 0
         assert record.get("temp_bytes", 1) > 0
@@ -162,7 +170,7 @@ def test_a_missing_part_is_one_line():
 
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_every_network_has_a_gradient(name):
-    built = networks.build(name, PEERS["prelu"].ours, 128, 256, jnp.bfloat16, layers=5)
+    built = networks.build(name, PEERS["prelu"].ours, 128, 256, jnp.bfloat16, layers=3)
     gradients = jax.eval_shape(built.function, *built.arguments)
     if built.loss is not None:
         assert jax.tree.map(lambda p: (p.shape, p.dtype), gradients) == jax.tree.map(
@@ -192,6 +200,65 @@ def test_the_whole_unet_has_nine_pairs_of_convolutions_and_a_head():
     assert [shape[-1] for shape in kernels] == [n for c in (64, 128, 256, 512, 1024, 512, 256, 128, 64) for n in (c, c)] + [
         3
     ]
+
+
+def test_peak_of_a_run(tmp_path, monkeypatch, capfd):
+    def in_this_process(code, **environment):
+        exec(code)
+        return capfd.readouterr().out
+
+    monkeypatch.setattr(children, "run", in_this_process)
+    path = tmp_path / "lines.jsonl"
+    options = ["--what=peak", "--networks=mlp", "--activations=relu", "--batch=4096", "--width=512", "--layers=2"]
+    assert cli.main(["--platform=cpu", *options, f"--json={path}"]) == 0
+    records = lines(path)
+    assert [(r["activation"], r["peer"]) for r in records] == [("relu", "jaxrelu"), ("relu", "jax.nn"), (None, "identity")]
+    # two activations of 8 MiB are there at once
+    assert all(2**24 <= r["temp_bytes"] < r["peak_bytes"] for r in records)
+    assert cli.main([f"--from={path}"]) == 0
+    assert "peak mlp" in capfd.readouterr().out
+
+
+def test_kernels_are_counted_by_name():
+    # instructions as XLA prints them for a GPU, shortened
+    program = """
+    %a = (f32[8]) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", backend_config={"epilogue":"BIAS_RELU"}
+    %b = (f32[8]) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", backend_config={"epilogue":"DEFAULT"}
+    %c = (f32[8]) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", backend_config={"epilogue":"DEFAULT"}
+    %d = f32[8] fusion(%x), kind=kCustom, backend_config={"fusion_backend_config":{"kind":"__triton_gemm"}}
+    %e = (f32[8]) custom-call(%x, %w), custom_call_target="__cudnn$convForward"
+    %f = f32[8] fusion(%x), kind=kLoop, calls=%fused
+    """
+    assert targets.kernels(program) == {
+        "__cublas$lt$matmul": 2,
+        "__cublas$lt$matmul BIAS_RELU": 1,
+        "__cudnn$convForward": 1,
+        "__triton_gemm": 1,
+    }
+
+
+def test_both_forms_of_elu_are_elu():
+    x = jnp.concatenate([-jnp.geomspace(1e-6, 100, 1000), jnp.linspace(-4, 4, 1001)])
+    value, slope = jax.nn.elu(x), jnp.exp(jnp.minimum(x, 0))
+    for of_value, of_gradient in polynomial.FORMS.values():
+        # either side is some units in the last place off
+        np.testing.assert_allclose(jax.jit(of_value)(x), value, rtol=1e-6)
+        np.testing.assert_allclose(jax.jit(of_gradient)(x, jnp.full_like(x, 2.0)), 2 * slope, rtol=1e-6)
+
+
+def test_the_commands_for_a_gpu_have_options_that_exist(root, tmp_path):
+    recorder = tmp_path / "python"
+    recorder.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "commands"}\n')
+    recorder.chmod(0o700)
+    file = tmp_path / "lines.jsonl"
+    script = ["bash", "measurements/on_gpu.sh", str(file)]
+    run = subprocess.run(script, env=os.environ | {"PYTHON": str(recorder)}, cwd=root, capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr
+    commands = [line.split() for line in (tmp_path / "commands").read_text().splitlines()]
+    assert all(command[:2] == ["-m", "jaxrelu.benchmark"] for command in commands)
+    parsed = [cli.build_parser().parse_args(command[2:]) for command in commands]
+    assert [(options.platform, options.json) for options in parsed] == [("gpu", file)] * 3
+    assert {kind for options in parsed for kind in options.what} == {"elementwise", "expm1", "memory", "step", "peak"}
 
 
 def test_peers_take_turns():

@@ -19,7 +19,7 @@ import jaxrelu
 from jaxrelu.benchmark import report
 from jaxrelu.benchmark.networks import NETWORKS
 from jaxrelu.benchmark.peers import PEERS
-from jaxrelu.benchmark.plan import Measures, Plan, here
+from jaxrelu.benchmark.plan import DEFAULT_KINDS, KINDS, Measures, Plan, here
 from jaxrelu.benchmark.targets import AHEAD, TPUS, Target, targets_ahead
 
 __all__ = ["build_parser", "main"]
@@ -79,18 +79,27 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(f"python -m {_PROGRAM}", description="Measures what jaxrelu gains.", allow_abbrev=False)
     add = parser.add_argument
     add("--activations", type=_chosen(PEERS), default=tuple(PEERS), help=f"comma-separated, of {', '.join(PEERS)}")
-    add("--networks", type=_chosen(NETWORKS), help=f"for the memory, comma-separated, of {', '.join(NETWORKS)}")
+    add("--what", type=_chosen(KINDS), default=DEFAULT_KINDS, help=f"comma-separated, of {', '.join(KINDS)}")
+    add(
+        "--networks",
+        type=_chosen(NETWORKS),
+        help=f"comma-separated, of {', '.join(NETWORKS)}; only the mlp by default for steps and peaks",
+    )
     add("--dtype", type=_chosen(DTYPES), default=DTYPES[:1], help=f"comma-separated, of {', '.join(DTYPES)}")
     add("--sizes", type=_sizes, help="elements of the elementwise calls, e.g. 2^10,2^20")
-    add("--batch", type=_whole, help="batch of the networks: 4096, ahead of time for TPU 65536, as less stays on the chip")
+    add(
+        "--batch",
+        type=_whole,
+        help="batch of the networks: 4096, in a step 2048, ahead of time for TPU 65536, as less stays on the chip",
+    )
     add("--width", type=_whole, default=512, help="width of the networks, a multiple of 64")
-    add("--layers", type=_whole, default=8, help="layers of the networks whose memory is measured")
+    add("--layers", type=_whole, default=8, help="layers of the networks")
     add("--json", type=_path, help="file to which each measurement is appended as a line")
     add("--plot", type=_path, help="PNG file for the picture of memory by network")
     add("--from", type=_path, nargs="+", dest="sources", help="show the lines of these files and measure nothing")
     add("--quick", action="store_true", help="each kind of measurement once, in less than a minute")
     add("--platform", choices=("cpu", "gpu", *AHEAD), help="default: what JAX finds; the absent ones need --compile-only")
-    add("--compile-only", action="store_true", help="memory alone, by the compiler")
+    add("--compile-only", action="store_true", help="memory alone, by the compiler: --what memory")
     add("--target", type=_path, default=H200, help="target description of the H200; default: the package's own")
     return parser
 
@@ -186,8 +195,7 @@ def _measure(options: argparse.Namespace, records: list[Measures]) -> None:
     """Runs all measurements; each goes into records and the JSON file as soon as it is there."""
     common = {"versions": _versions(options), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     plan = _plan(options)
-    groups = [*plan.compiled(), *(() if options.compile_only else plan.timed())]
-    with tqdm(groups, file=sys.stderr, unit="group", dynamic_ncols=True) as progress:
+    with tqdm([*plan.groups()], file=sys.stderr, unit="group", dynamic_ncols=True) as progress:
         for label, group in progress:
             progress.set_description(label)
             for measures in group:
@@ -205,9 +213,12 @@ def _plan(options: argparse.Namespace) -> Plan:
         targets=targets_ahead(options.platform, options.target) if ahead else [Target(jax.devices()[0], here())],
         activations=options.activations,
         networks=options.networks or (("mlp",) if options.quick or tpu else tuple(NETWORKS)),
+        running=options.networks or ("mlp",),
+        kinds=("memory",) if options.compile_only else options.what,
         dtypes=options.dtype,
         sizes=options.sizes or ((2**12, 2**20) if options.quick else SIZES),
         batch=options.batch or (65536 if tpu else 4096),
+        step_batch=options.batch or (512 if options.quick else 2048),
         width=options.width,
         layers=options.layers,
         quick=options.quick,

@@ -1,6 +1,7 @@
 """The networks whose memory is measured: the gradient of a loss, or a step of training in Flax."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jaxrelu.benchmark import vision
 from jaxrelu.benchmark.layers import TOKENS, Layer, Shape, dense, residual, transformer, vmapped
 from jaxrelu.benchmark.peers import SLOPE, Activation
 
-__all__ = ["EXPERT", "NETWORKS", "Network", "adam", "adam_step", "build"]
+__all__ = ["EXPERT", "NETWORKS", "STEPS", "Network", "adam", "adam_step", "build", "values"]
 
 
 class Network(NamedTuple):
@@ -48,8 +49,8 @@ def build(
             inverted residuals, 17 at most; unet halves the resolution once for each four, at least once and at most 4 times.
         expert: whether each layer stands under `jax.checkpoint(dots_saveable)`, the known remedy.
     """
-    if name in _STEPS:
-        return _STEPS[name](activation, batch, width, dtype, layers)
+    if name in STEPS:
+        return STEPS[name](activation, batch, width, dtype, layers)
     if name in _CONVOLUTIONAL:
         x, network = _CONVOLUTIONAL[name](batch * width, dtype, layers)
     else:
@@ -185,5 +186,17 @@ def _nnx_step(activation: Activation, batch: int, width: int, dtype: Any, layers
     return Network(step, (state, Shape((batch, width), dtype)))
 
 
-_STEPS = {"linen": _linen_step, "nnx": _nnx_step}
-NETWORKS = (*_DENSE, *_CONVOLUTIONAL, *_STEPS)
+STEPS: dict[str, Callable[..., Network]] = {"linen": _linen_step, "nnx": _nnx_step}
+NETWORKS = (*_DENSE, *_CONVOLUTIONAL, *STEPS)
+
+
+def values(shapes: Any) -> Any:
+    """Returns normal numbers of the given shapes, scaled so that a product or a convolution keeps the size of its input."""
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    values = [
+        jax.random.normal(key, s.shape, s.dtype)
+        * s.dtype.type(math.prod(s.shape[:-1] or s.shape) ** -0.5 if s.shape else SLOPE)
+        for key, s in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, values)

@@ -1,22 +1,27 @@
 """What is measured, and in which order."""
 
+import concurrent.futures
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxrelu.benchmark import timing
-from jaxrelu.benchmark.networks import EXPERT, build
+from jaxrelu.benchmark import children, timing
+from jaxrelu.benchmark.networks import EXPERT, STEPS, build
 from jaxrelu.benchmark.peers import PEERS, Activation, identity
-from jaxrelu.benchmark.targets import Target, compile_network
+from jaxrelu.benchmark.targets import Target, compile_network, kernels
 
-__all__ = ["Measures", "Plan", "here"]
+__all__ = ["DEFAULT_KINDS", "KINDS", "Measures", "Plan", "here"]
 
 Measures = dict[str, Any]
+DEFAULT_KINDS = ("memory", "elementwise", "eager", "step", "saved", "resident", "observed", "import")
+# these ask for a GPU, but run on a CPU too
+KINDS = (*DEFAULT_KINDS, "peak", "expm1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,47 +30,66 @@ class Plan:
 
     Attributes:
         targets: machines for which the networks are compiled.
-        activations, networks, dtypes: names.
+        activations, networks, dtypes, kinds: names; of networks, those whose memory the compiler tells.
+        running: the networks that are run, for their time or their peak.
         sizes: elements of the elementwise calls.
-        batch, width, layers: of the networks whose memory is measured.
+        batch: of the networks, for memory and peak.
+        step_batch: of the networks in a step.
+        width, layers: of the networks.
         quick: whether what runs is fewer and shorter.
     """
 
     targets: list[Target]
     activations: tuple[str, ...]
     networks: tuple[str, ...]
+    running: tuple[str, ...]
+    kinds: tuple[str, ...]
     dtypes: tuple[str, ...]
     sizes: tuple[int, ...]
     batch: int
+    step_batch: int
     width: int
     layers: int
     quick: bool
 
-    def compiled(self) -> Iterator[tuple[str, Iterator[Measures]]]:
-        """Yields a label and the measurements of everything that the compiler tells."""
-        for target in self.targets:
-            for dtype in self.dtypes:
-                for network in self.networks:
-                    yield f"{network} {dtype}", self._memory(target, network, dtype)
-
-    def timed(self) -> Iterator[tuple[str, Iterator[Measures]]]:
-        """Yields a label and the measurements of everything that has to run."""
-        on_cpu = jax.default_backend() == "cpu"
+    def groups(self) -> Iterator[tuple[str, Iterator[Measures]]]:
+        """Yields a label and the measurements of each group, first of what the compiler tells, then of what has to run."""
+        if "memory" in self.kinds:
+            for target in self.targets:
+                for dtype in self.dtypes:
+                    for network in self.networks:
+                        yield f"{network} {dtype}", self._memory(target, network, dtype)
         for dtype in self.dtypes:
             for activation in self.activations:
-                first = activation == self.activations[0]
-                for size in self.sizes if first or not self.quick else self.sizes[-1:]:
-                    yield f"{activation} {dtype} {size}", self._elementwise(activation, dtype, size)
-                if self.quick and not first:
-                    continue
-                yield f"{activation} {dtype} eager", self._eager(activation, dtype)
-                yield f"{activation} {dtype} step", self._step(activation, dtype)
-                if on_cpu and timing.torch_here():
-                    yield f"{activation} {dtype} saved", self._saved(activation, dtype)
-                if on_cpu and Path("/proc/self/clear_refs").exists():
-                    yield f"{activation} {dtype} resident", self._resident(activation, dtype)
-            yield f"observed {dtype}", self._observed(dtype)
-        yield "import", self._import()
+                yield from self._of_activation(activation, dtype)
+            if "observed" in self.kinds:
+                yield f"observed {dtype}", self._observed(dtype)
+            if "expm1" in self.kinds:
+                for size in self.sizes:
+                    yield f"expm1 {dtype} {size}", self._exponentials(dtype, size)
+        if "import" in self.kinds:
+            yield "import", self._import()
+
+    def _of_activation(self, activation: str, dtype: str) -> Iterator[tuple[str, Iterator[Measures]]]:
+        on_cpu = jax.default_backend() == "cpu"
+        first = activation == self.activations[0]
+        if "elementwise" in self.kinds:
+            for size in self.sizes if first or not self.quick else self.sizes[-1:]:
+                yield f"{activation} {dtype} {size}", self._elementwise(activation, dtype, size)
+        if self.quick and not first:
+            return
+        if "eager" in self.kinds:
+            yield f"{activation} {dtype} eager", self._eager(activation, dtype)
+        if "step" in self.kinds:
+            for network in (name for name in self.running if name not in STEPS):
+                yield f"{activation} {dtype} {network} step", self._step(activation, network, dtype)
+        if "peak" in self.kinds and (not on_cpu or children.resettable()):
+            for network in self.running:
+                yield f"{activation} {dtype} {network} peak", self._peak(activation, network, dtype)
+        if "saved" in self.kinds and on_cpu and timing.torch_here():
+            yield f"{activation} {dtype} saved", self._saved(activation, dtype)
+        if "resident" in self.kinds and on_cpu and children.resettable():
+            yield f"{activation} {dtype} resident", self._resident(activation, dtype)
 
     def _memory(self, target: Target, network: str, dtype: str) -> Iterator[Measures]:
         common = {"what": "memory", "network": network, "dtype": dtype, "size": self.batch * self.width}
@@ -75,8 +99,9 @@ class Plan:
             if (function, expert) not in known:
                 built = build(network, function, self.batch, self.width, dtype, layers=self.layers, expert=expert)
                 compiled = compile_network(built, target)
-                temp = compiled.memory_analysis().temp_size_in_bytes
-                known[function, expert] = {"temp_bytes": temp, "fusions": compiled.as_text().count(" fusion(")}
+                temp, text = compiled.memory_analysis().temp_size_in_bytes, compiled.as_text()
+                found = {"fusions": text.count(" fusion("), "kernels": kernels(text)}
+                known[function, expert] = {"temp_bytes": temp} | found
             return common | {"device": target.name} | known[function, expert]
 
         yield {"peer": "identity"} | measured(identity)
@@ -100,17 +125,40 @@ class Plan:
         common = {"activation": activation, "what": "eager", "dtype": dtype, "size": 8}
         yield from _all_timed(common, timing.eager(activation, dtype, 8, self._seconds))
 
-    def _step(self, activation: str, dtype: str) -> Iterator[Measures]:
-        batch, width = (512, 256) if self.quick else (2048, 512)
-        common = {"activation": activation, "what": "step", "network": "mlp", "dtype": dtype, "size": batch * width}
-        yield from _all_timed(common, timing.training_step(activation, dtype, batch, width, 5 * self._seconds))
+    def _step(self, activation: str, network: str, dtype: str) -> Iterator[Measures]:
+        size = self.step_batch * self.width
+        common = {"activation": activation, "what": "step", "network": network, "dtype": dtype, "size": size}
+        shape = (self.step_batch, self.width, self.layers)
+        yield from _all_timed(common, timing.training_step(network, activation, dtype, *shape, 5 * self._seconds))
+
+    def _peak(self, activation: str, network: str, dtype: str) -> Iterator[Measures]:
+        size = self.batch * self.width
+        common = {"what": "peak", "network": network, "dtype": dtype, "size": size, "device": here()}
+        peers = ("jaxrelu", PEERS[activation].peer, "identity")
+
+        def measured(peer: str) -> Measures | None:
+            return children.peak_bytes(network, activation, peer, dtype, self.batch, self.width, self.layers)
+
+        # at once, as each process counts its own memory and nothing is timed
+        with concurrent.futures.ThreadPoolExecutor(len(peers)) as pool:
+            for peer, found in zip(peers, pool.map(measured, peers), strict=True):
+                if found is None:
+                    print(f"\npeak of {network} {dtype}, {peer}: hidden by that of compiling; {_CACHE}", file=sys.stderr)
+                else:
+                    yield common | {"activation": None if peer == "identity" else activation, "peer": peer} | found
 
     def _observed(self, dtype: str) -> Iterator[Measures]:
-        batch, width = (512, 256) if self.quick else (2048, 512)
-        common = {"activation": "relu", "network": "mlp", "dtype": dtype, "size": batch * width}
+        size = self.step_batch * self.width
+        common = {"activation": "relu", "network": "mlp", "dtype": dtype, "size": size}
         for one_in in (1,) if self.quick else (1, 20):
-            times = timing.observed_step(dtype, batch, width, 5 * self._seconds, one_in)
+            shape = (self.step_batch, self.width, self.layers)
+            times = timing.observed_step(dtype, *shape, 5 * self._seconds, one_in)
             yield from _all_timed(common | {"what": f"observed 1/{one_in}"}, times)
+
+    def _exponentials(self, dtype: str, size: int) -> Iterator[Measures]:
+        common = {"activation": "elu", "dtype": dtype, "size": size}
+        for (what, peer), time in timing.exponentials(dtype, size, self._seconds).items():
+            yield common | {"what": what} | _timed(peer, time)
 
     def _saved(self, activation: str, dtype: str) -> Iterator[Measures]:
         saved = timing.torch_saved_bytes(activation, dtype, self.batch, self.width, self.layers)
@@ -127,11 +175,14 @@ class Plan:
         batch, width, layers = (4096, 512, 6) if self.quick else (16384, 512, 12)
         common = {"activation": activation, "what": "resident", "network": "mlp", "dtype": dtype, "size": batch * width}
         for peer in ("jaxrelu", PEERS[activation].peer, *(() if self.quick else ("identity",))):
-            grown = timing.resident_bytes(activation, peer, dtype, batch, width, layers)
+            grown = children.resident_bytes(activation, peer, dtype, batch, width, layers)
             yield common | {"peer": peer, "temp_bytes": grown, "device": here()}
 
     def _import(self) -> Iterator[Measures]:
         yield from _all_timed({"what": "import"}, timing.import_times(2 if self.quick else 11))
+
+
+_CACHE = "set JAX_COMPILATION_CACHE_DIR, and measure the memory first"
 
 
 def _timed(peer: str, time: timing.Timing) -> Measures:

@@ -15,8 +15,8 @@ Record = Mapping[str, Any]
 # what stands in one row of a table
 KEYS = ("device", "what", "network", "activation", "dtype", "size")
 WIDTH = 150
-MEMORY = ("memory", "resident")
-TIME = ("forward", "gradient", "inplace", "eager", "step", "observed 1/1", "observed 1/20", "import")
+MEMORY = ("memory", "peak", "resident")
+TIME = ("forward", "gradient", "inplace", "expm1", "exp", "eager", "step", "observed 1/1", "observed 1/20", "import")
 
 
 def value(record: Record) -> float:
@@ -67,7 +67,8 @@ def _table(title: str, columns: Sequence[str], chosen: Rows, fill: Callable[...,
         if before not in (None, (what, network)):
             table.add_section()
         before = (what, network)
-        cells = [network if what == "memory" else what, activation or "", dtype or "", _size(size)]
+        name = network if what == "memory" else f"{what} {network}" if what in ("peak", "step") else what
+        cells = [name, activation or "", dtype or "", _size(size)]
         table.add_row(*cells, *fill(key, peers, rows))
     return table
 
@@ -90,7 +91,7 @@ def _memory_row(key: tuple[Any, ...], peers: Mapping[str, Record], rows: Rows) -
 
 
 def _time_row(key: tuple[Any, ...], peers: Mapping[str, Record], rows: Rows) -> list[str]:
-    ours, reference = peers.get("jaxrelu"), _reference(peers)
+    ours, reference = peers.get("jaxrelu", peers.get("polynomial")), _reference(peers)
     forward = rows.get((key[0], "forward", *key[2:]), {})
     copy = forward.get("copy")
     if key[1] == "inplace":  # beside the call that allocates
@@ -115,7 +116,7 @@ def _time_row(key: tuple[Any, ...], peers: Mapping[str, Record], rows: Rows) -> 
 
 
 def _reference(peers: Mapping[str, Record]) -> Record | None:
-    return peers.get("flax", peers.get("jax.nn"))
+    return next((peers[name] for name in ("flax", "jax.nn", "jnp") if name in peers), None)
 
 
 def _expert(peers: Mapping[str, Record]) -> Record | None:

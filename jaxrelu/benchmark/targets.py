@@ -1,5 +1,7 @@
 """The machines that networks are compiled for, present or absent."""
 
+import collections
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxrelu.benchmark.layers import Shape
 from jaxrelu.benchmark.networks import Network
 
-__all__ = ["AHEAD", "TPUS", "Target", "compile_network", "targets_ahead"]
+__all__ = ["AHEAD", "TPUS", "Target", "compile_network", "kernels", "targets_ahead"]
 
 
 class Target(NamedTuple):
@@ -63,3 +65,23 @@ def compile_network(network: Network, target: Target) -> Any:
 
     arguments = jax.tree.map(placed, network.arguments)
     return jax.jit(network.function).lower(*arguments).compile(compiler_options=target.options)
+
+
+# a library's function; or a fusion that a generator of products makes, as those of Triton
+_KERNEL = re.compile(r'custom_call_target="(?P<library>[^"]+)"|"kind":\s*"(?P<generator>__[^"]+)"')
+_EPILOGUE = re.compile(r'"epilogue":\s*"(?P<name>\w+)"')
+
+
+def kernels(program: str) -> dict[str, int]:
+    """Counts the calls of libraries and the generated products in a compiled program, by name.
+
+    Args:
+        program: the optimised program's text. What a product of cuBLASLt adds itself follows its name, as in
+            "__cublas$lt$matmul RELU_BIAS".
+    """
+    found: collections.Counter[str] = collections.Counter()
+    for line in program.splitlines():
+        epilogue = _EPILOGUE.search(line)
+        after = f" {epilogue['name']}" if epilogue and epilogue["name"] != "DEFAULT" else ""
+        found.update(f"{match['library'] or match['generator']}{after}" for match in _KERNEL.finditer(line))
+    return dict(sorted(found.items()))

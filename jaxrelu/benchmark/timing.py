@@ -6,11 +6,8 @@ import importlib.util
 import math
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +16,8 @@ import numpy as np
 import optax
 from jax import Array
 
-from jaxrelu.benchmark.networks import adam, adam_step, build
+from jaxrelu.benchmark import children, polynomial
+from jaxrelu.benchmark.networks import EXPERT, adam, adam_step, build, values
 from jaxrelu.benchmark.peers import PEERS, SLOPE, identity
 from jaxrelu.diagnostics import observe
 
@@ -27,11 +25,10 @@ __all__ = [
     "Timing",
     "eager",
     "elementwise",
-    "grow",
+    "exponentials",
     "import_times",
     "interleave",
     "observed_step",
-    "resident_bytes",
     "torch_here",
     "torch_saved_bytes",
     "training_step",
@@ -109,6 +106,17 @@ def elementwise(activation: str, dtype: str, size: int, seconds: float) -> dict[
     on_cpu = jax.default_backend() == "cpu"
     calls["forward", "copy"] = functools.partial(np.copy, np.asarray(x)) if on_cpu else _blocking(jax.jit(jnp.copy), x)
     calls |= {(what, "torch"): call for what, call in _torch_calls(row.torch, x, g).items()}
+    return interleave(calls, seconds)
+
+
+def exponentials(dtype: str, size: int, seconds: float) -> dict[tuple[str, str], Timing]:
+    """Times elu and its derivative by jaxrelu's polynomial and by jnp's functions, by (what, peer)."""
+    x = jax.random.normal(jax.random.key(0), (size,), dtype)
+    g = jax.random.normal(jax.random.key(1), (size,), dtype)
+    calls: dict[tuple[str, str], Call] = {}
+    for peer, (value, gradient) in polynomial.FORMS.items():
+        calls["expm1", peer] = _blocking(jax.jit(value), x)
+        calls["exp", peer] = _blocking(jax.jit(gradient), x, g)
     return interleave(calls, seconds)
 
 
@@ -209,33 +217,21 @@ def eager(activation: str, dtype: str, size: int, seconds: float) -> dict[str, T
     )
 
 
-def training_step(activation: str, dtype: str, batch: int, width: int, seconds: float) -> dict[str, Timing]:
-    """Times an Adam step of a 6-layer mlp, by peer."""
+def training_step(
+    name: str, activation: str, dtype: str, batch: int, width: int, layers: int, seconds: float
+) -> dict[str, Timing]:
+    """Times an Adam step of a network that has a loss, by peer."""
     row = PEERS[activation]
-    peers = {
-        "jaxrelu": (row.ours, False),
-        row.peer: (row.reference, False),
-        f"{row.peer}+checkpoint": (row.reference, True),
-        "identity": (identity, False),
-    }
+    peers = {"jaxrelu": (row.ours, False), row.peer: (row.reference, False), "identity": (identity, False)}
+    if name in EXPERT:
+        peers[f"{row.peer}+checkpoint"] = (row.reference, True)
     calls: dict[str, Call] = {}
     for peer, (function, expert) in peers.items():
-        network = build("mlp", function, batch, width, dtype, layers=6, expert=expert)
+        network = build(name, function, batch, width, dtype, layers=layers, expert=expert)
         assert network.loss is not None
-        parameters, x = _values(network.arguments)
+        parameters, x = values(network.arguments)
         calls[peer] = _repeating(adam_step(network.loss), parameters, x)
     return interleave(calls, seconds)
-
-
-def _values(shapes: Any) -> Any:
-    """Returns normal numbers of the given shapes, scaled for a product with a matrix."""
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    values = [
-        jax.random.normal(key, s.shape, s.dtype) * s.dtype.type(s.shape[0] ** -0.5 if s.shape else SLOPE)
-        for key, s in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, values)
 
 
 def _repeating(step: Callable[..., Any], parameters: Any, x: Array) -> Call:
@@ -249,12 +245,12 @@ def _repeating(step: Callable[..., Any], parameters: Any, x: Array) -> Call:
     return call
 
 
-def observed_step(dtype: str, batch: int, width: int, seconds: float, one_in: int) -> dict[str, Timing]:
-    """Times an Adam step of a 6-layer mlp with relu, of which one in so many is observed, beside none."""
-    network = build("mlp", PEERS["relu"].ours, batch, width, dtype, layers=6)
+def observed_step(dtype: str, batch: int, width: int, layers: int, seconds: float, one_in: int) -> dict[str, Timing]:
+    """Times an Adam step of an mlp with relu, of which one in so many is observed, beside none."""
+    network = build("mlp", PEERS["relu"].ours, batch, width, dtype, layers=layers)
     loss = network.loss
     assert loss is not None
-    parameters, x = _values(network.arguments)
+    parameters, x = values(network.arguments)
 
     def observed(parameters: Any, state: Any, x: Array) -> Any:
         gradients, stats = jax.grad(observe(loss), has_aux=True)(parameters, x)
@@ -263,7 +259,7 @@ def observed_step(dtype: str, batch: int, width: int, seconds: float, one_in: in
 
     plain = _repeating(adam_step(loss), parameters, x)
     # donated buffers are gone
-    watched = _repeating(observed, *_values(network.arguments))
+    watched = _repeating(observed, *values(network.arguments))
 
     def mixed() -> None:
         for _ in range(one_in - 1):
@@ -283,47 +279,5 @@ def import_times(rounds: int) -> dict[str, Timing]:
     for _ in range(rounds):
         for module, times in samples.items():
             code = f"import time; start = time.perf_counter(); import {module}; print(time.perf_counter() - start)"
-            times.append(float(_child(code)))
+            times.append(float(children.run(code)))
     return {module: _timing(times) for module, times in samples.items()}
-
-
-def resident_bytes(activation: str, peer: str, dtype: str, batch: int, width: int, layers: int) -> int:
-    """Returns by how much one training step raises the peak resident set of a fresh process on the CPU (Linux)."""
-    arguments = (activation, peer, dtype, batch, width, layers)
-    return int(_child(f"from jaxrelu.benchmark import timing; print(timing.grow(*{arguments!r}))", JAX_PLATFORMS="cpu"))
-
-
-def grow(activation: str, peer: str, dtype: str, batch: int, width: int, layers: int) -> int:
-    """Runs a training step and returns by how many bytes the peak resident set of this process grew."""
-    row = PEERS[activation]
-    function = identity if peer == "identity" else row.ours if peer == "jaxrelu" else row.reference
-    network = build("mlp", function, batch, width, dtype, layers=layers)
-    parameters, x = _values(network.arguments)
-
-    def descend(parameters: Any, x: Array) -> Any:
-        def move(p: Array, g: Array) -> Array:
-            return p - (0.01 * g).astype(p.dtype)
-
-        return jax.tree.map(move, parameters, network.function(parameters, x))
-
-    compiled = jax.jit(descend, donate_argnums=0).lower(parameters, x).compile()
-    jax.block_until_ready((parameters, x))
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the current size, forgetting the compilation's
-    before = _memory("VmRSS")
-    jax.block_until_ready(compiled(parameters, x))
-    return _memory("VmHWM") - before
-
-
-def _memory(field: str) -> int:
-    """Returns a size of this process that Linux reports in KiB; getrusage would count the parent's peak too."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split(f"{field}:")[1].split()[0])
-
-
-def _child(code: str, **environment: str) -> str:
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    if run.returncode:
-        raise RuntimeError(f"a child process failed: {run.stderr.strip().splitlines()[-1]}")
-    return run.stdout
