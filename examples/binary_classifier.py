@@ -25,15 +25,13 @@ from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
 
 import jaxrelu.nnx
-import options
-import outputs
-import plots
-import training
+from common import options, outputs, plots, training
 from jaxrelu.initializers import kaiming_normal
 
 EPOCHS, SPLITS = 10, 3
 RANDOM, REAL = "random labels", "breast cancer"
 WANTED, QUICK_WANTED = 0.95, 0.9
+OUTPUTS = ("binary_classifier.csv", "binary_classifier.png")
 # one object for every network, so that those of one size share a compilation
 ADAM = optax.adam(0.01)
 
@@ -160,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             epochs += train(REAL, split, *breast_cancer(seed), 32, seed)
         directory.table("binary_classifier.csv", Epoch._fields, epochs)
         draw(directory.scratch / "binary_classifier.png", epochs)
-        directory.publish("binary_classifier.csv", "binary_classifier.png")
+        directory.publish(*OUTPUTS)
     table = Table("data", "split", "first loss", "last loss", "held out", "accuracy")
     for first, last in zip(epochs[::EPOCHS], epochs[EPOCHS - 1 :: EPOCHS], strict=True):
         losses = first.loss, last.loss, last.held_out_loss
@@ -168,16 +166,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         table.add_row(last.data, str(last.split), *(f"{value:.4f}" for value in losses), accuracy)
     Console().print(table)
     accuracy = np.mean([epoch.held_out_accuracy for epoch in epochs[2 * EPOCHS - 1 :: EPOCHS]])
-    print(f"written to {args.out}: binary_classifier.csv, binary_classifier.png")
+    print(f"written to {args.out}: {', '.join(OUTPUTS)}")
     print(f"held-out accuracy {100 * accuracy:.1f} %")
     wanted = QUICK_WANTED if args.quick else WANTED
     if accuracy < wanted:
-        parser.miss(f"the held-out accuracy must be at least {100 * wanted:.0f} %, got {100 * accuracy:.1f} %")
+        parser.fail(f"the held-out accuracy must be at least {100 * wanted:.0f} %, got {100 * accuracy:.1f} %")
     first, memorised = epochs[0], epochs[EPOCHS - 1]
     if abs(first.loss - math.log(2)) > 0.15:
-        parser.miss(f"with random labels the loss must start near ln 2, {math.log(2):.4f}, got {first.loss:.4f}")
+        parser.fail(f"with random labels the loss must start near ln 2, {math.log(2):.4f}, got {first.loss:.4f}")
     if not memorised.loss < math.log(2) < memorised.held_out_loss:
-        parser.miss(
+        parser.fail(
             f"random labels must be learnt by heart only, got losses {memorised.loss:.4f}, {memorised.held_out_loss:.4f}"
         )
 

@@ -21,9 +21,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import jaxrelu
-import options
-import outputs
-import plots
+from common import options, outputs, plots
 from jaxrelu.initializers import gain
 
 WIDTHS, DEPTHS, BIAS = (2, 3, 4, 5, 10), (3, 5, 10, 20), 0.01
@@ -33,6 +31,7 @@ INPUTS = (1.0, 0.1, 0.03, 0.01, 0.003, 0.0, -0.003, -0.01, -0.03, -0.1, -1.0)
 BATCH = 1000
 # standard errors that a share may lie off what it is compared with; over all cells one run in 1,000 would be further off
 ERRORS = 4.5
+OUTPUTS = ("born_dead.csv", "born_dead.png")
 
 
 class Shares(NamedTuple):
@@ -132,7 +131,7 @@ def print_table(shares: dict[int, Shares], networks: int, out: Path) -> None:
             row = lower_bound(width, depth), share.constant[depth - 2], upper_bound(width, depth), share.biased[depth - 2]
             table.add_row(str(width), str(depth), *(f"{value:.4f}" for value in row), end_section=depth == DEPTHS[-1])
     Console().print(table)
-    print(f"{networks} networks a cell; written to {out}: born_dead.csv, born_dead.png")
+    print(f"{networks} networks a cell; written to {out}: {', '.join(OUTPUTS)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -146,10 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         cells = [(width, depth, share.constant[depth - 2]) for width, share in shares.items() for depth in DEPTHS]
         directory.table("born_dead.csv", ["width", "depth", "dead"], cells)
         draw(directory.scratch / "born_dead.png", shares)
-        directory.publish("born_dead.csv", "born_dead.png")
+        directory.publish(*OUTPUTS)
     print_table(shares, batches * BATCH, args.out)
     if message := miss(shares, batches * BATCH):
-        parser.miss(message)
+        parser.fail(message)
 
 
 if __name__ == "__main__":

@@ -29,18 +29,15 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-import digits
 import jaxrelu
-import options
-import outputs
-import plots
-import training
-from digits import Digits, Part
+from common import digits, options, outputs, plots, training
+from common.digits import Digits, Part
 from jaxrelu.initializers import gain
 
 DEPTHS, WIDTH, CLASSES, SEEDS, EPOCHS, BATCH, RATE = (3, 10), 64, 10, 5, 20, 64, 0.003
 ELEMENTS = 1_000_000
 SLOPE = 0.25  # where prelu's slopes start
+OUTPUTS = ("compare_activations.csv", "compare_activations.png")
 
 
 def leaky(slope: float) -> Callable[[Array], Array]:
@@ -331,11 +328,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                     progress.update()
         directory.table("compare_activations.csv", Row._fields, rows)
         draw(directory.scratch / "compare_activations.png", rows)
-        directory.publish("compare_activations.csv", "compare_activations.png")
+        directory.publish(*OUTPUTS)
     print_tables(rows, times)
-    print(f"written to {args.out}: compare_activations.csv, compare_activations.png")
+    print(f"written to {args.out}: {', '.join(OUTPUTS)}")
     if message := miss(rows, quick=args.quick):
-        parser.miss(message)
+        parser.fail(message)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import jaxrelu
-import options
-import outputs
-import plots
+from common import options, outputs, plots
 from jaxrelu.diagnostics import UnitStats, unit_stats
 from jaxrelu.initializers import gain, kaiming_normal
 from jaxrelu.recycling import Edge, recycle
@@ -35,6 +33,7 @@ POINTS, INPUTS, WIDTH, HIDDEN = 2048, 8, 64, 5
 KILLED_LAYERS, KILLED_SHARE, KILLING_BIAS = (1, 2, 3), 0.8, -5.0
 BATCH, EVERY = 128, 250
 CHUNK = 40  # steps from one evaluation to the next
+OUTPUTS = ("dying_relu.csv", "dying_relu.png")
 
 Params = dict[str, dict[str, Array]]
 
@@ -172,7 +171,7 @@ def print_table(runs: Sequence[Run], out: Path) -> None:
         dead = [100 * run.dead_share[-1] for run in runs if run.cure == name]
         table.add_row(name, f"{min(errors):.4f} to {max(errors):.4f}", f"{min(dead):.1f} to {max(dead):.1f} %")
     Console().print(table)
-    print(f"written to {out}: dying_relu.csv, dying_relu.png")
+    print(f"written to {out}: {', '.join(OUTPUTS)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -186,11 +185,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         ends = [(run.cure, run.seed, run.mse[-1], run.dead_share[-1]) for run in runs]
         directory.table("dying_relu.csv", ["cure", "seed", "mse", "dead_share"], ends)
         draw(directory.scratch / "dying_relu.png", runs)
-        directory.publish("dying_relu.csv", "dying_relu.png")
+        directory.publish(*OUTPUTS)
     print_table(runs, args.out)
     for untreated, cured in zip(runs[:seeds], runs[-seeds:], strict=True):
         if not (cured.mse[-1] <= untreated.mse[-1] / 2 and cured.dead_share[-1] <= 0.05):
-            parser.miss(
+            parser.fail(
                 f"recycling must halve the error of no cure and leave at most 5 % dead; for seed {cured.seed} it left an "
                 f"error of {cured.mse[-1]:.4f} against {untreated.mse[-1]:.4f}, and {100 * cured.dead_share[-1]:.1f} % dead"
             )

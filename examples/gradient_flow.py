@@ -18,9 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxrelu
-import options
-import outputs
-import plots
+from common import options, outputs, plots
 from jaxrelu import diagnostics
 from jaxrelu.initializers import kaiming_normal
 
@@ -32,6 +30,7 @@ ACTIVATIONS = {
 }
 X, WEIGHTS = (0.5, -0.3), ((0.1, 0.2), (-0.1, 0.3))
 EXPECTED = {"sigmoid": [0.0750, 0.0500], "relu": [0.3000, 0.2000]}
+OUTPUTS = ("gradient_flow.csv", "gradient_flow.png")
 
 
 def input_gradient(activation: Callable[[Array], Array]) -> list[float]:
@@ -77,18 +76,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         layers = [(i, *values) for i, values in enumerate(zip(*flows.values(), strict=True), 1)]
         directory.table("gradient_flow.csv", ["layer", *flows], layers)
         draw(directory.scratch / "gradient_flow.png", flows)
-        directory.publish("gradient_flow.csv", "gradient_flow.png")
+        directory.publish(*OUTPUTS)
     table = Table("", *flows)
     table.add_row("gradient in x, two units", *("{:.4f}, {:.4f}".format(*found[name]) for name in flows))
     for i in range(LAYERS):
         table.add_row(f"gradient in layer {i + 1}", *(f"{flow[i]:.2e}" for flow in flows.values()))
     Console().print(table)
-    print(f"written to {args.out}: gradient_flow.csv, gradient_flow.png")
+    print(f"written to {args.out}: {', '.join(OUTPUTS)}")
     if found != EXPECTED:
-        parser.miss(f"the gradients in x must be {EXPECTED}, got {found}")
+        parser.fail(f"the gradients in x must be {EXPECTED}, got {found}")
     fading, lasting = (flow[0] / flow[-1] for flow in flows.values())
     if not fading < 1e-3 < 0.1 < lasting:
-        parser.miss(f"the first layer's gradient over the last's must be below 0.001 and above 0.1, got {fading}, {lasting}")
+        parser.fail(f"the first layer's gradient over the last's must be below 0.001 and above 0.1, got {fading}, {lasting}")
 
 
 if __name__ == "__main__":

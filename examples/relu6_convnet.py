@@ -27,13 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-import digits
 import jaxrelu
-import options
-import outputs
-import plots
-import training
-from digits import Digits
+from common import digits, options, outputs, plots, training
+from common.digits import Digits
 from jaxrelu import initializers
 
 BITS = (8, 6, 5, 4, 3, 2)
@@ -230,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in rows:
         accuracy, lost = 100 * row.accuracy, 100 * (row.accuracy - row.rounded[0])
         if accuracy < wanted or lost > granted:
-            parser.miss(
+            parser.fail(
                 f"{row.activation} in {row.dtype} must reach {wanted} % and lose at most {granted} points at 8 bits, got "
                 f"{accuracy:.2f} % and {lost:.2f} points"
             )

@@ -26,13 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-import digits
 import jaxrelu
-import options
-import outputs
-import plots
-import training
-from digits import Digits, Part
+from common import digits, options, outputs, plots, training
+from common.digits import Digits, Part
 from jaxrelu.initializers import kaiming_normal
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -233,17 +229,17 @@ def print_summary(shares: dict[str, float], rows: Sequence[Accuracy]) -> None:
 def check(parser: options.Parser, args: argparse.Namespace, shares: dict[str, float], rows: Sequence[Accuracy]) -> None:
     """Exits with code 1 if the figures are not those that the program is to show."""
     if shares["bfloat16"] < 0.5 or shares["float32"] > 0.05:
-        parser.miss(
+        parser.fail(
             "relu'(0) must matter in at least 50 % of the minibatches in bfloat16 and at most 5 % in float32, got "
             f"{100 * shares['bfloat16']:.1f} % and {100 * shares['float32']:.1f} %"
         )
     scaled = [row.mean for row in rows if row.rule == "scaled"]
     spread = 100 * (max(scaled) - min(scaled))
     if spread > (5 if args.quick else 2):
-        parser.miss(f"jaxrelu's rule must give the same accuracy for every relu'(0), to 2 points, got {spread:.1f} points")
+        parser.fail(f"jaxrelu's rule must give the same accuracy for every relu'(0), to 2 points, got {spread:.1f} points")
     (collapsed,) = (row.mean for row in rows if (row.rule, row.kink) == ("assigned", 10.0))
     if collapsed > 0.5:
-        parser.miss(f"the constant 10 in place of the gradient must end below 50 %, got {100 * collapsed:.1f} %")
+        parser.fail(f"the constant 10 in place of the gradient must end below 50 %, got {100 * collapsed:.1f} %")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,12 +22,11 @@ from rich.table import Table
 
 import jaxrelu.linen
 import jaxrelu.nnx
-import options
-import outputs
-import plots
+from common import options, outputs, plots
 from jaxrelu.initializers import kaiming_normal
 
 BIAS = 0.01
+OUTPUTS = ("simple_nets.csv", "simple_nets.png")
 
 
 class LinenRegressor(linen.Module):
@@ -144,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = [row for name, (params, *_) in runs.items() for row in parameters(name, params)]
         directory.table("simple_nets.csv", Parameter._fields, rows)
         draw(directory.scratch / "simple_nets.png", {name: found for name, (_, found, _) in runs.items()})
-        directory.publish("simple_nets.csv", "simple_nets.png")
+        directory.publish(*OUTPUTS)
     table = Table("network", "parameter", "shape", "count", "root mean square", "drawn with")
     for row in rows:
         table.add_row(*map(str, row[:4]), *(f"{value:.4f}" for value in row[4:]))
@@ -156,9 +155,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{name}: {count} parameters; first output {first}; {100 * np.mean(linen_out == 0):.0f} % of the outputs are 0"
         )
         if not np.array_equal(linen_out, nnx_out):
-            parser.miss(f"{name}: linen and nnx must agree, got {np.abs(linen_out - nnx_out).max()} between them")
+            parser.fail(f"{name}: linen and nnx must agree, got {np.abs(linen_out - nnx_out).max()} between them")
     print("linen and nnx give the same outputs bit for bit")
-    print(f"written to {args.out}: simple_nets.csv, simple_nets.png")
+    print(f"written to {args.out}: {', '.join(OUTPUTS)}")
 
 
 if __name__ == "__main__":

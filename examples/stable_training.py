@@ -23,12 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-import digits
 import jaxrelu
-import options
-import outputs
-import plots
-from digits import Digits
+from common import digits, options, outputs, plots
+from common.digits import Digits
 from jaxrelu.diagnostics import unit_stats
 from jaxrelu.initializers import kaiming_normal
 
@@ -166,7 +163,7 @@ QUICK_ENDS = tuple(ENDS)[:2]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def fit_negative(end: Callable[[Array], Array], steps: int, key: Array) -> tuple[Array, Array]:
+def fit_negative(end: Callable[[Array], Array], steps: int, parameters: Parameters) -> tuple[Array, Array]:
     """Fits y = -1 - x^2 on [-1, 1] by a network with `end` as its last function; returns losses and gradient norms."""
     x = jnp.linspace(-1.0, 1.0, 65)[:, None]
     optimizer = optax.adam(0.01)
@@ -180,7 +177,6 @@ def fit_negative(end: Callable[[Array], Array], steps: int, key: Array) -> tuple
         updates, state = optimizer.update(gradients, state)
         return (optax.apply_updates(parameters, updates), state), (value, optax.tree.norm(gradients))
 
-    parameters = init(key, [1, 32, 1])
     return jax.lax.scan(step, (parameters, optimizer.init(parameters)), length=steps)[1]
 
 
@@ -259,20 +255,20 @@ def print_summary(runs: dict[str, Run], fits: dict[str, np.ndarray]) -> None:
 def check(parser: options.Parser, quick: bool, runs: dict[str, Run], fits: dict[str, np.ndarray]) -> None:
     """Exits with code 1 if the figures are not those that the program is to show."""
     if math.isfinite(runs[EXPLODES].loss[-1]):
-        parser.miss(f"the loss at rate {HIGH} must end in NaN, got {runs[EXPLODES].loss[-1]}")
+        parser.fail(f"the loss at rate {HIGH} must end in NaN, got {runs[EXPLODES].loss[-1]}")
     for name in CURES[:1] if quick else CURES:
         wanted = 20 if quick else 80
         if not runs[name].accuracy >= wanted / 100:
-            parser.miss(f"{name} must reach {wanted} %, got {100 * runs[name].accuracy:.1f} %")
+            parser.fail(f"{name} must reach {wanted} %, got {100 * runs[name].accuracy:.1f} %")
     if not quick:
         clips, suits = runs[CLIPS].dead[-1], runs[SUITS].dead[-1]
         if not clips >= max(0.2, 2 * suits):
-            parser.miss(
+            parser.fail(
                 f"clipping alone must leave 20 % of the units dead and twice as many as rate {LOW}, got "
                 f"{100 * clips:.0f} % and {100 * suits:.0f} %"
             )
     if fits["relu"][1, -1] != 0 or fits["relu"][0, -1] < 1 or fits["nothing"][0, -1] > (0.5 if quick else 0.01):
-        parser.miss(
+        parser.fail(
             "a relu behind a negative output must stop learning, and without it the loss end near 0, got losses "
             f"{fits['relu'][0, -1]:.2g} and {fits['nothing'][0, -1]:.2g}"
         )
@@ -287,8 +283,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = digits.bundled(args.seed)
         with tqdm(names, unit="run") as progress:
             runs = {name: train(RECIPES[name], data, steps, args.seed) for name in progress}
-        key = jax.random.key(args.seed)
-        fits = {name: np.array(fit_negative(ENDS[name][0], STEPS, key)) for name in ends}
+        start = init(jax.random.key(args.seed), [1, 32, 1])
+        fits = {name: np.array(fit_negative(ENDS[name][0], STEPS, start)) for name in ends}
         write(directory, runs, fits)
     print_summary(runs, fits)
     check(parser, args.quick, runs, fits)

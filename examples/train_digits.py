@@ -25,17 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-import digits
-import options
-import outputs
-import plots
-import training
-from classifiers import ACTIVATIONS, MODELS
-from digits import Digits, Part
+from common import digits, options, outputs, plots, training
+from common.classifiers import ACTIVATIONS, MODELS
+from common.digits import Digits, Part
+from common.outputs import Outputs
 from jaxrelu.diagnostics import UnitStats, merge, to_scalars
 from jaxrelu.initializers import kaiming_normal
 from jaxrelu.recycling import Edge, recycle
-from outputs import Outputs
 
 SCHEDULES = ("constant", "cosine", "exponential", "step")
 OUTPUTS = ("metrics.csv", "curves.png", "units.png", "model")
@@ -268,13 +264,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             run = train(model, data, args)
         except FloatingPointError as error:
-            parser.error(f"{error}; lower --learning-rate or set --clip-norm")
+            parser.fail(f"{error}; lower --learning-rate or set --clip-norm")
         write(directory, run, f"{args.activation} {args.model}")
         if run.interrupted:
             raise KeyboardInterrupt
         nnx.update(model, run.parameters)
         _, accuracy, _ = evaluate(model, data.test)
     print_summary(args, run, accuracy, time.perf_counter() - start)
+    # what a program reaches that names the same class for every image
+    floor = float(np.mean(data.test.labels == np.bincount(data.train.labels).argmax()))
+    if accuracy <= floor:
+        parser.fail(
+            f"the test accuracy must be above {100 * floor:.2f} %, the share of one class, got {100 * accuracy:.2f} %"
+        )
 
 
 def _by_layer(epoch: Epoch, key: str) -> str:

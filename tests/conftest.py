@@ -12,15 +12,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax  # the platform is set before
 
 jax.config.update("jax_num_cpu_devices", 8)
-# these use Optax and Flax, which promote: the examples, the README and the benchmark
+# these use Optax and Flax, which promote: the README and the benchmark
 PROMOTING = (
     "test_benchmark",
-    "test_gallery_networks",
-    "test_gallery_training",
-    "test_gallery_units",
     "test_memory",
     "test_readme",
-    "test_train_digits",
 )
 
 

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-import digits
+from common import digits
 from jaxrelu.diagnostics import UnitStats, observe
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-import options
+from common import options
 
 
 class Outputs:

@@ -1,4 +1,5 @@
-import csv
+import itertools
+import math
 import re
 import zipfile
 
@@ -6,27 +7,27 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
-import digits
 import train_digits
-from classifiers import ACTIVATIONS
+from common import digits, training
+from common.classifiers import ACTIVATIONS, MODELS
+from scripts import check_picture, error_of, rows
 
 FIELDS = ["epoch", "loss", "validation_loss", "validation_accuracy", "learning_rate", "gradient_norm"]
 FILES = ["curves.png", "metrics.csv", "model", "units.png"]
-# one program for whatever number of epochs, as the schedule does not depend on it
-CHEAP = ["--model", "mlp", "--schedule", "constant", "--clip-norm", "1"]
+CHEAP = ["--model", "mlp", "--schedule", "constant", "--clip-norm", "1", "--epochs", "4"]
 
 
 def run(out, *options):
     train_digits.main(["--out", str(out), *options])
 
 
-def rows(out):
-    with (out / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
+def metrics(out):
+    return rows(out / "metrics.csv")
 
 
-def error_of(capsys, *options):
+def refusal(capsys, *options):
     """Returns the one line on stderr of a run that exits with code 2."""
     with pytest.raises(SystemExit) as exit_info:
         train_digits.main(list(options))
@@ -38,62 +39,79 @@ def error_of(capsys, *options):
     return err
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_short_run(activation, tmp_path, capsys):
-    # prelu has a slope a channel, so that it depends on the layer before it; the others do not
-    model = "cnn" if activation in ("relu", "prelu") else "mlp"
-    run(tmp_path, "--activation", activation, "--model", model, "--epochs", "2")
-    out = capsys.readouterr().out.rstrip().splitlines()
-    assert out[-1].startswith("test accuracy ")
-    assert float(out[-1].split()[2]) > 50  # it learns: one class in ten is 10 %
-    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+def check_run(out, model, lines):
+    """Checks what every run writes and prints, here one of several epochs; returns its metrics."""
+    assert lines[-1].startswith("test accuracy ")
+    assert float(lines[-1].split()[2]) > 50  # it learns: one class in ten is 10 %
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    found = metrics(out)
     layers = ["hidden1", "hidden2"] if model == "mlp" else ["convolution1", "convolution2", "hidden"]
     units = [f"{layer}/{share}" for layer in layers for share in ("dead", "firing_rate")]
-    assert list(rows(tmp_path)[0]) == FIELDS + units
-    assert all(0 <= float(row[column]) <= 1 for row in rows(tmp_path) for column in units)
-    assert all(float(rows(tmp_path)[-1][f"{layer}/firing_rate"]) > 0 for layer in layers)
-    assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2"]
-    assert [row["learning_rate"] for row in rows(tmp_path)] == ["0.005", "0.0025"]  # half a cosine
-    assert float(rows(tmp_path)[1]["loss"]) < float(rows(tmp_path)[0]["loss"])
+    assert list(found[0]) == FIELDS + units
+    assert all(0 <= float(row[column]) <= 1 for row in found for column in units)
+    assert all(float(found[-1][f"{layer}/firing_rate"]) > 0 for layer in layers)
+    assert [row["epoch"] for row in found] == [str(epoch) for epoch in range(1, len(found) + 1)]
+    assert float(found[-1]["loss"]) < float(found[0]["loss"])
     for picture in ("curves.png", "units.png"):
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+        check_picture(out / picture)
+    return found
+
+
+def slopes_of(out):
+    """Returns the learned slopes in a run's checkpoint."""
     with ocp.StandardCheckpointer() as checkpointer:
-        parameters = checkpointer.restore(tmp_path / "model")
-    slopes = [
-        value for path, value in jax.tree.leaves_with_path(parameters) if "negative_slope" in jax.tree_util.keystr(path)
-    ]
+        parameters = checkpointer.restore(out / "model")
+    found = jax.tree.leaves_with_path(parameters)
+    assert found
+    return [value for path, value in found if "negative_slope" in jax.tree_util.keystr(path)]
+
+
+def test_short_runs(tmp_path, capsys, monkeypatch):
+    a, b = tmp_path / "a", tmp_path / "b"
+    traces, shift = [], digits.random_shift
+    monkeypatch.setattr(digits, "random_shift", lambda *args: traces.append(1) or shift(*args))
+    run(a, *CHEAP)
+    assert len(traces) == 1  # one compilation, though 1,257 images are no whole number of batches of 64
+    printed = capsys.readouterr().out
+    check_run(a, "mlp", printed.rstrip().splitlines())
+    assert "units recycled" not in printed
+    assert slopes_of(a) == []
+
+    run(b, *CHEAP, "--recycle", "18", "--seed", "0")
+    recycled = re.search(r"units recycled\s+│\s+(\d+)", capsys.readouterr().out)
+    assert int(recycled[1]) > 0
+    dead = [float(metrics(out)[-1]["hidden2/dead"]) for out in (a, b)]
+    assert dead[1] < dead[0] / 2
+
+    # equal seeds give equal metrics, and a second run replaces the first
+    run(b, *CHEAP)
+    assert (a / "metrics.csv").read_bytes() == (b / "metrics.csv").read_bytes()
+    assert sorted(path.name for path in b.iterdir()) == FILES
+    run(b, *CHEAP, "--seed", "1", "--epochs", "1")
+    assert len(metrics(b)) == 1
+    assert metrics(b)[0] != metrics(a)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_short_run(activation, tmp_path, capsys):
+    # prelu has one slope per channel, so that it depends on the layer before it; the others do not
+    model = "cnn" if activation in ("relu", "prelu") else "mlp"
+    run(tmp_path, "--activation", activation, "--model", model, "--epochs", "2")
+    found = check_run(tmp_path, model, capsys.readouterr().out.rstrip().splitlines())
+    assert [row["learning_rate"] for row in found] == ["0.005", "0.0025"]  # half a cosine
+    slopes = slopes_of(tmp_path)
     assert len(slopes) == (3 if activation == "prelu" else 0)
     assert all((slope != 0.25).any() for slope in slopes)
 
 
-def test_recycle_revives_units(tmp_path, capsys):
-    options = [*CHEAP, "--epochs", "4"]
-    run(tmp_path / "a", *options)
-    assert "units recycled" not in capsys.readouterr().out
-    run(tmp_path / "b", *options, "--recycle", "18")
-    recycled = re.search(r"units recycled\s+│\s+(\d+)", capsys.readouterr().out)
-    assert int(recycled[1]) > 0
-    dead = [float(rows(tmp_path / name)[-1]["hidden2/dead"]) for name in "ab"]
-    assert dead[1] < dead[0] / 2
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_network_can_be_built(activation, model):
+    def logits(images):
+        return MODELS[model](images.shape[1:3], 7, ACTIVATIONS[activation], nnx.Rngs(0))(images)
 
-
-def test_equal_seeds_give_equal_metrics_and_a_second_run_replaces_the_first(tmp_path):
-    a, b = tmp_path / "a", tmp_path / "b"
-    run(a, *CHEAP, "--epochs", "2")
-    run(b, *CHEAP, "--epochs", "3", "--seed", "1")
-    assert len(rows(b)) == 3
-    assert rows(b)[0] != rows(a)[0]
-    run(b, *CHEAP, "--epochs", "2")
-    assert (a / "metrics.csv").read_bytes() == (b / "metrics.csv").read_bytes()
-    assert sorted(path.name for path in b.iterdir()) == FILES
-
-
-def test_the_step_is_compiled_once(tmp_path, monkeypatch):
-    traces = []
-    shift = digits.random_shift
-    monkeypatch.setattr(digits, "random_shift", lambda *args: traces.append(1) or shift(*args))
-    run(tmp_path, *CHEAP, "--epochs", "3")  # 1,257 images: no whole number of batches of 64
-    assert len(traces) == 1
+    assert nnx.eval_shape(logits, np.zeros((3, 5, 9, 1), np.float32)).shape == (3, 7)
 
 
 @pytest.mark.parametrize(
@@ -109,12 +127,30 @@ def test_schedules(schedule, at_300):
     assert (len(set(rates)) == 1) == (schedule == "constant")
 
 
+@pytest.fixture
+def scripted(monkeypatch):
+    """Puts given losses of steps and given results of evaluations in the place of training."""
+
+    def script(losses, evaluations):
+        step, score = itertools.cycle(losses), iter(evaluations)
+        monkeypatch.setattr(training, "train_step", lambda *args: (next(step), 1.0))
+        monkeypatch.setattr(train_digits, "evaluate", lambda *args: next(score)())
+
+    return script
+
+
+def scored(loss, accuracy):
+    """Returns an evaluation that gives these two, and all units alive."""
+    return lambda: (loss, accuracy, {"hidden1/dead": 0.0, "hidden1/firing_rate": 0.5})
+
+
 @pytest.mark.parametrize("patience", [1, 3])
-def test_patience_stops_so_many_epochs_after_the_best(patience, tmp_path):
+def test_patience_stops_so_many_epochs_after_the_best(patience, tmp_path, scripted):
+    # the best is the third epoch: at the best accuracy the lowest loss, and of equal epochs the first
+    merits = [(0.9, 0.5), (0.8, 0.6), (0.7, 0.7), (0.7, 0.7), (0.6, 0.65), (0.75, 0.7)]
+    scripted([1.0], [scored(*merit) for merit in [*merits, *[(0.7, 0.7)] * 60]])
     run(tmp_path, *CHEAP, "--epochs", "60", "--patience", str(patience))
-    merits = [(float(row["validation_accuracy"]), -float(row["validation_loss"])) for row in rows(tmp_path)]
-    assert len(merits) < 60
-    assert merits.index(max(merits)) == len(merits) - 1 - patience
+    assert len(metrics(tmp_path)) == 3 + patience
 
 
 def test_split_is_stratified_and_drawn_with_its_seed():
@@ -147,6 +183,7 @@ def arrays(size=(28, 28), classes=3, train=60, test=30):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "size"), [("cnn", (5, 7)), ("mlp", (28, 28))])
 def test_other_data(size, model, tmp_path, capsys):
     np.savez(tmp_path / "data.npz", **arrays(size, test=6))  # as many as validate, so that they share a compilation
@@ -188,24 +225,24 @@ def test_other_data_is_scaled_and_split(tmp_path):
 def test_malformed_data_is_refused(change, message, tmp_path, capsys):
     changed = {name: value for name, value in (arrays() | change).items() if value is not None}
     np.savez(tmp_path / "data.npz", allow_pickle=True, **changed)
-    error = error_of(capsys, "--data", str(tmp_path / "data.npz"), "--out", str(tmp_path / "out"))
+    error = refusal(capsys, "--data", str(tmp_path / "data.npz"), "--out", str(tmp_path / "out"))
     assert re.search(message, error), error
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path, capsys):
     wanted = "must be an .npz file with the arrays x_train, y_train, x_test, y_test, got"
-    assert f"{wanted} '{tmp_path}/no': no such file" in error_of(capsys, "--data", f"{tmp_path}/no")
-    assert "a directory" in error_of(capsys, "--data", str(tmp_path))
+    assert f"{wanted} '{tmp_path}/no': no such file" in refusal(capsys, "--data", f"{tmp_path}/no")
+    assert "a directory" in refusal(capsys, "--data", str(tmp_path))
     (tmp_path / "text.npz").write_text("no archive")
-    assert "a file of another kind" in error_of(capsys, "--data", f"{tmp_path}/text.npz")
+    assert "a file of another kind" in refusal(capsys, "--data", f"{tmp_path}/text.npz")
     np.savez(tmp_path / "cut.npz", **arrays())
     whole = (tmp_path / "cut.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    assert wanted in error_of(capsys, "--data", f"{tmp_path}/cut.npz")
+    assert wanted in refusal(capsys, "--data", f"{tmp_path}/cut.npz")
     with zipfile.ZipFile(tmp_path / "bad.npz", "w") as archive:
         for name in digits.ARRAYS:
             archive.writestr(f"{name}.npy", b"no array")
-    assert "x_train must be uint8 images" in error_of(capsys, "--data", f"{tmp_path}/bad.npz")
+    assert "x_train must be uint8 images" in refusal(capsys, "--data", f"{tmp_path}/bad.npz")
 
 
 @pytest.mark.parametrize(
@@ -232,33 +269,28 @@ def test_a_file_of_another_kind_is_refused(tmp_path, capsys):
 )
 def test_bad_option_is_refused_in_one_line(option, value, tmp_path, capsys):
     where = () if option == "--out" else ("--out", str(tmp_path / "out"))
-    error = error_of(capsys, *where, f"{option}={value}")
+    error = refusal(capsys, *where, f"{option}={value}")
     assert f"argument {option}: " in error
     assert not (tmp_path / "out").exists()
 
 
 def test_unknown_options_are_refused(capsys):
-    assert "--epoch" in error_of(capsys, "--epoch", "1")  # no abbreviations
+    assert "--epoch" in refusal(capsys, "--epoch", "1")  # no abbreviations
 
 
 def test_unwritable_out_is_found_before_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_digits, "train", lambda *args: pytest.fail("it trains"))
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert "argument --out: must be a directory to write to" in error_of(capsys, "--out", str(out))
+        assert "argument --out: must be a directory to write to" in refusal(capsys, "--out", str(out))
 
 
 @pytest.mark.parametrize(("epochs", "files"), [(0, []), (1, FILES)])
-def test_ctrl_c_keeps_the_epochs_so_far(epochs, files, tmp_path, monkeypatch, capsys):
-    calls, evaluate = [], train_digits.evaluate
+def test_ctrl_c_keeps_the_epochs_so_far(epochs, files, tmp_path, scripted, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
 
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) > epochs:
-            raise KeyboardInterrupt
-        return evaluate(*args)
-
-    monkeypatch.setattr(train_digits, "evaluate", interrupted)
+    scripted([1.0], [scored(0.5, 0.9)] * epochs + [interrupted])
     with pytest.raises(SystemExit) as exit_info:
         run(tmp_path, *CHEAP)
     assert exit_info.value.code == 130
@@ -267,6 +299,19 @@ def test_ctrl_c_keeps_the_epochs_so_far(epochs, files, tmp_path, monkeypatch, ca
     kept = f"{tmp_path} holds 1 epochs and the model of epoch 1" if epochs else f"nothing was written to {tmp_path}"
     assert error.rstrip().splitlines()[-1].endswith(f"interrupted: {kept}")
     assert sorted(path.name for path in tmp_path.iterdir()) == files
-    assert len(calls) == epochs + 1
     if epochs:
-        assert [row["epoch"] for row in rows(tmp_path)] == ["1"]
+        assert [row["epoch"] for row in metrics(tmp_path)] == ["1"]
+
+
+def test_a_loss_that_is_not_finite_ends_with_code_1_and_leaves_nothing(tmp_path, scripted, capsys):
+    scripted([1.0] * 19 + [math.nan], [scored(0.5, 0.9)] * 4)  # 19 steps per epoch
+    error = error_of(train_digits, 1, capsys, *CHEAP, "--out", str(tmp_path))
+    assert error == "train_digits.py: the loss is nan in epoch 2; lower --learning-rate or set --clip-norm"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_accuracy_of_chance_ends_with_code_1(tmp_path, scripted, capsys):
+    scripted([1.0], [scored(0.5, 0.1)] * 5)
+    error = error_of(train_digits, 1, capsys, *CHEAP, "--out", str(tmp_path))
+    assert error.startswith("train_digits.py: the test accuracy must be above 10.")
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES

@@ -17,8 +17,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
-    def miss(self, message: str) -> NoReturn:
-        """Exits with code 1 and one line on stderr: the run ended, but not with the figure that it is to show."""
+    def fail(self, message: str) -> NoReturn:
+        """Exits with code 1 and one line on stderr: the training failed, or missed the figure that it is to show."""
         self.exit(1, f"{self.prog}: {' '.join(message.split())}\n")
 
 

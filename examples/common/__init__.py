@@ -1,0 +1,1 @@
+"""What the example scripts share: their command line, data, networks, training, plots and output files."""

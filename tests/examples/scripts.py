@@ -1,0 +1,34 @@
+"""What the tests of the example scripts share: a quick run, the tables that it writes, and how it fails."""
+
+import csv
+
+import pytest
+
+
+def quick_run(script, out, capsys, *options):
+    """Returns the lines that a quick run prints, having checked that it writes its files and no other."""
+    script.main(["--quick", "--out", str(out), *options])
+    assert sorted(path.name for path in out.iterdir()) == sorted(script.OUTPUTS)
+    (picture,) = out.glob("*.png")
+    check_picture(picture)
+    return capsys.readouterr().out.splitlines()
+
+
+def check_picture(path):
+    """Checks that a file is a PNG picture of 800 pixels across."""
+    header = path.read_bytes()[:20]
+    assert header.startswith(b"\x89PNG")
+    assert int.from_bytes(header[16:20], "big") == 800
+
+
+def rows(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def error_of(script, code, capsys, *options):
+    """Returns the last line on stderr of a run that exits with the given code."""
+    with pytest.raises(SystemExit) as exit_info:
+        script.main(list(options))
+    assert exit_info.value.code == code
+    return capsys.readouterr().err.splitlines()[-1]
