@@ -250,13 +250,12 @@ def _elu_jvp(kink: float, save: str, primals: Any, tangents: Any) -> tuple[Array
     if type(g) is not SymbolicZero:
         # where, not minimum: its derivative at 0 is 0, and so is the second derivative of elu there
         if save == "output":
-            slope = jnp.where(y > 0, jnp.ones_like(y), jnp.where(y >= 0, jnp.zeros_like(y), y) + alpha)
+            on, slope = y > 0, jnp.where(y >= 0, jnp.zeros_like(y), y) + alpha
         else:
             # exp(x), as expm1(x) + 1 loses digits: below x = -4 most of them in bfloat16
-            slope = cast(align(alpha, x), wide) * exp_below_zero(wide)
-            slope = jnp.where(wide > 0, jnp.ones_like(slope), _at_kink(x, kink, slope))
+            on, slope = x > 0, _at_kink(x, kink, cast(align(alpha, x), wide) * exp_below_zero(wide))
         # the slope is rounded before the product, so that a scan over layers keeps it in 16 bits
-        t = cast(slope, x) * g
+        t = lax.select(on, g, cast(slope, x) * g)
     if type(h) is not SymbolicZero:
         # expm1(min(x, 0)) by elu itself, whose derivative is stated; the tangent is set to 0 for x > 0 as in prelu's rule
         e = _elu(jnp.where(wide > 0, jnp.zeros_like(wide), wide), jnp.ones_like(alpha), 0.0, "input")
