@@ -21,7 +21,7 @@ def test_python_blocks_run():
 def test_the_two_commands():
     commands = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
     assert 'python -m pip install -e ".[examples]" && python examples/train_digits.py' in commands
-    assert 'python -m pip install -e ".[test]" && python -m pytest' in commands
+    assert 'python -m pip install -e ".[test]" && python -m pytest -n 2' in commands
 
 
 def test_files_that_the_readme_names_exist():
