@@ -1,9 +1,11 @@
-"""Tabulates and draws the five activations and their derivatives, and shows that all their forms are one function.
+"""Tabulates and draws the five activations and their derivatives, and checks that all their forms agree.
 
     python examples/activations.py
 
-applies each to four numbers, a matrix, integers and five normal draws, compares function, linen module, nnx module and
-donated form with a NumPy definition, and writes runs/activations/activations.png: the five beside four of jax.nn.
+applies each activation to four numbers, a matrix, integers and five normal draws. Its forms are the function, the module of
+Flax linen, the module of Flax nnx, and the donated form of jaxrelu.inplace, which writes its result into the memory of x.
+They are compared with each other and with a definition in NumPy. Writes runs/activations/activations.png, the curves of the
+five and of four of jax.nn.
 """
 
 import functools
@@ -30,7 +32,7 @@ OUTPUTS = ("activations.png",)
 
 
 class Forms(NamedTuple):
-    """An activation in every form, and its value and derivative by NumPy in float64."""
+    """An activation in every form, and its value and derivative in NumPy, in float64."""
 
     function: Callable[[Array], Array]
     linen: Callable[[Array], Array]
@@ -97,7 +99,7 @@ TOLERANCE = 2.0**-22
 
 
 class Curve(NamedTuple):
-    """A function to draw, with its kinks: x, and the derivative's limits from the left and from the right."""
+    """A function to draw, with its kinks; each is x, and the limits of the derivative from the left and from the right."""
 
     function: Callable[[Array], Array]
     kinks: Sequence[tuple[float, float, float]] = ()
@@ -119,12 +121,12 @@ CURVES = {
 
 
 def all_numbers() -> np.ndarray:
-    """Returns the numbers of all INPUTS, so that one call serves them."""
+    """Returns the numbers of all INPUTS in one array, so that one call of a function serves them."""
     return np.concatenate([np.ravel(x) for x in INPUTS.values()]).astype(np.float32)
 
 
 def derivative(function: Callable[[Array], Array], x: Array) -> Array:
-    """Returns the derivative of an elementwise function at each element; at a whole number that of the float."""
+    """Returns the derivative of an elementwise function at each element; integers are made floats first."""
     return jax.jit(jax.grad(lambda x: function(x).sum()))(x.astype(float))
 
 
@@ -169,7 +171,7 @@ def _same(a: Array, b: Array) -> bool:
 
 
 def after_a_call(function: Callable[[Array], Array]) -> str:
-    """Returns what a call gives, and what a use of its input gives afterwards."""
+    """Returns a sentence on the result of a call, and on what happens when its input is used afterwards."""
     x = jnp.array([-5.0, 2.5])
     y = function(x)
     try:
@@ -197,7 +199,7 @@ def draw(path: Path) -> None:
 
 
 def draw_curve(panel: Axes, curve: Curve) -> None:
-    """Draws value and derivative; the derivative is broken at each kink, where dots tell which side it takes."""
+    """Draws value and derivative. The derivative is interrupted at each kink, where the filled dot is its value."""
     low, high = curve.span
     panel.axhline(0, color=plots.GREY, linewidth=0.8)
     panel.axvline(0, color=plots.GREY, linewidth=0.8)
@@ -223,7 +225,7 @@ def draw_dot(panel: Axes, x: ArrayLike, y: ArrayLike, *, filled: bool, label: st
 
 
 def print_tables(found: dict[str, Found]) -> None:
-    """Prints value and derivative of each activation for each of INPUTS, and relu beside its definitions."""
+    """Prints value and derivative of each activation for each of INPUTS, and relu beside definitions in Python and NumPy."""
     numbers, start = all_numbers(), 0
     for title, x in INPUTS.items():
         part = slice(start, start := start + x.size)

@@ -2,10 +2,11 @@
 
     python examples/binary_classifier.py
 
-fits 64-128-2 to 32 random inputs with random labels. The loss starts near ln 2, that of a coin, and can only fall by heart:
-on fresh draws it rises, as the labels do not depend on the inputs. Then 30-128-2 learns scikit-learn's 569 breast-cancer
-cases, whose labels do: it is scored on held-out cases over three splits. Writes runs/binary_classifier/binary_classifier.csv
-(a row an epoch) and binary_classifier.png.
+first trains a 64-128-2 network (64 inputs, 128 hidden units, two outputs) on 32 random inputs with random labels. The loss
+starts near ln 2, that of tossing a coin. As the labels do not depend on the inputs, the network can only learn the 32 by
+heart: on fresh draws the loss rises. Then a 30-128-2 network learns scikit-learn's 569 breast-cancer cases, whose labels do
+depend on the inputs, and is tested on held-out cases, for three splits of the cases. Writes to runs/binary_classifier:
+binary_classifier.csv (one row per epoch) and binary_classifier.png.
 """
 
 import math
@@ -32,7 +33,7 @@ EPOCHS, SPLITS = 10, 3
 RANDOM, REAL = "random labels", "breast cancer"
 WANTED, QUICK_WANTED = 0.95, 0.9
 OUTPUTS = ("binary_classifier.csv", "binary_classifier.png")
-# one object for every network, so that those of one size share a compilation
+# one object for all networks, so that networks of equal sizes share a compilation
 ADAM = optax.adam(0.01)
 
 
@@ -44,7 +45,7 @@ class Cases(NamedTuple):
 
 
 class Classifier(nnx.Module):
-    """A hidden ReLU layer of 128 units and two outputs; returns logits, of which sigmoid makes probabilities."""
+    """A hidden ReLU layer of 128 units and two outputs; returns logits, which sigmoid turns into probabilities."""
 
     def __init__(self, features: int, rngs: nnx.Rngs) -> None:
         self.hidden = nnx.Linear(features, 128, kernel_init=kaiming_normal(), rngs=rngs)
@@ -58,14 +59,14 @@ class Classifier(nnx.Module):
 def loss(model: Classifier, inputs: Array, labels: Array) -> Array:
     """Returns the binary cross-entropy of the sigmoid outputs, in nats.
 
-    It takes logits: in float32 sigmoid(17) is 1, whose complement has no logarithm.
+    It is computed from logits: in float32 sigmoid(17) is 1, and 1 - 1 has no logarithm.
     """
     return optax.sigmoid_binary_cross_entropy(model(inputs), labels).mean()
 
 
 @nnx.jit
 def train_step(model: Classifier, optimizer: nnx.Optimizer, inputs: Array, labels: Array) -> Array:
-    """Updates the model on a batch; returns the loss before."""
+    """Updates the model on a batch; returns the loss before the update."""
     value, gradients = nnx.value_and_grad(loss)(model, inputs, labels)
     optimizer.update(model, gradients)
     return value
@@ -78,7 +79,7 @@ def score(model: Classifier, inputs: Array, labels: Array) -> tuple[Array, Array
 
 
 class Epoch(NamedTuple):
-    """A row of the file: the loss of the training cases is the mean over the epoch's steps."""
+    """One row of the file; the loss on the training cases is the mean over the epoch's steps."""
 
     data: str
     split: int
@@ -89,7 +90,7 @@ class Epoch(NamedTuple):
 
 
 def train(name: str, split: int, cases: Cases, held_out: Cases, batch: int, seed: int) -> list[Epoch]:
-    """Trains a classifier and returns its epochs, having printed the losses of each."""
+    """Trains a classifier; prints the losses of each epoch, and returns the epochs."""
     model = Classifier(cases.inputs.shape[1], nnx.Rngs(seed))
     optimizer = nnx.Optimizer(model, ADAM, wrt=nnx.Param)
     order, epochs = np.random.default_rng(seed), []
@@ -105,12 +106,12 @@ def train(name: str, split: int, cases: Cases, held_out: Cases, batch: int, seed
 
 
 def random_cases(n: int, rng: np.random.Generator) -> Cases:
-    """Returns uniform inputs with labels drawn by two coins, whatever the input."""
+    """Returns uniform inputs, each with two labels that are drawn by tossing a coin, whatever the input."""
     return Cases(rng.random((n, 64), np.float32), rng.integers(0, 2, (n, 2)).astype(np.float32))
 
 
 def breast_cancer(split_seed: int) -> tuple[Cases, Cases]:
-    """Returns 455 cases to train and 114 held out, each class in proportion, standardised by the former."""
+    """Returns 455 cases to train and 114 held out, with equal shares of the classes, standardised by those to train."""
     inputs, labels = load_breast_cancer(return_X_y=True)
     inputs, held_inputs, labels, held_labels = train_test_split(
         inputs, labels, test_size=0.2, stratify=labels, random_state=split_seed

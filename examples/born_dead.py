@@ -1,10 +1,12 @@
-"""Counts the ReLU networks that are dead before training: deep and narrow ones mostly are (Lu et al. 2020).
+"""Counts ReLU networks that are dead before training: their output is constant. Most deep and narrow ones are.
 
     python examples/born_dead.py
 
-draws 20,000 networks with one input for each width and depth, with zero biases and with biases of 0.01, and counts those
-whose output is constant. It compares the shares with the bounds of "Dying ReLU and Initialization" (arXiv:1903.06733), and
-writes runs/born_dead/born_dead.csv (width, depth in layers of weights, share dead with zero biases) and born_dead.png.
+draws 20,000 networks of one input for each width and depth, and counts the dead ones, with zero biases and with biases of
+0.01. It compares the shares with the bounds that Lu et al. 2020 prove, and writes runs/born_dead/born_dead.csv (width, depth
+in layers of weights, share of networks that are dead with zero biases) and born_dead.png.
+
+Lu et al. 2020, Dying ReLU and Initialization (arXiv:1903.06733).
 """
 
 import math
@@ -26,24 +28,24 @@ from jaxrelu.initializers import gain
 
 WIDTHS, DEPTHS, BIAS = (2, 3, 4, 5, 10), (3, 5, 10, 20), 0.01
 COLORS = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.PURPLE, plots.GREY)
-# with zero biases the outputs at -1 and 1 tell all; with others the kinks lie near 0
+# with zero biases the outputs at -1 and 1 decide; with small biases the kinks lie near 0, so that inputs there are needed
 INPUTS = (1.0, 0.1, 0.03, 0.01, 0.003, 0.0, -0.003, -0.01, -0.03, -0.1, -1.0)
 BATCH = 1000
-# standard errors that a share may lie off what it is compared with; over all cells one run in 1,000 would be further off
+# how many standard errors a share may differ from theory; by chance one run in 1,000 has a share that differs by more
 ERRORS = 4.5
 OUTPUTS = ("born_dead.csv", "born_dead.png")
 
 
 class Shares(NamedTuple):
-    """Shares of dead networks of one width, by depth from 2 layers of weights on."""
+    """Shares of dead networks of one width; the first element is for 2 layers of weights, the next for 3, and so on."""
 
     constant: np.ndarray  # with zero biases
-    zero: np.ndarray  # with zero biases, for the single input 1
+    zero: np.ndarray  # with zero biases: output 0 at the input 1
     biased: np.ndarray  # with biases of BIAS
 
 
 def upper_bound(width: int, depth: int) -> float:
-    """Returns the probability of death on a single input, which bounds that of death on all from above."""
+    """Returns the probability of an output of 0 at one given input; a network is dead with at most this probability."""
     return 1 - (1 - 2**-width) ** (depth - 1)
 
 
@@ -56,10 +58,13 @@ def lower_bound(width: int, depth: int) -> float:
 
 @jax.jit
 def count(first: Array, rest: Array) -> tuple[Array, Array]:
-    """Returns, by depth, how many networks of a batch are constant over INPUTS, and how many are 0 at the first of them.
+    """Returns, for each depth, how many networks of a batch are constant over INPUTS, and how many are 0 at the first input.
 
-    Each is a pair: with zero biases, and with biases of BIAS in the same networks. The weights of the first layer have shape
-    (batch, 1, width), those of the rest (layers, batch, width, width).
+    Each count is a pair: with zero biases, and with biases of BIAS in the same networks.
+
+    Args:
+        first: weights of the first layer, of shape (batch, 1, width).
+        rest: weights of the other layers, of shape (layers, batch, width, width).
     """
     biases = jnp.array([0.0, BIAS])[:, None, None, None]
 
@@ -84,7 +89,7 @@ def measure(width: int, batches: int, seed: int, progress: tqdm) -> Shares:
 
 
 def miss(shares: dict[int, Shares], networks: int) -> str:
-    """Returns what is further off the theory than chance explains, or an empty string."""
+    """Returns a sentence about the first share that differs from theory by more than chance explains, or an empty string."""
 
     def error(probability: float) -> float:
         return ERRORS * math.sqrt(probability * (1 - probability) / networks) + 1 / networks
@@ -124,14 +129,14 @@ def draw(path: Path, shares: dict[int, Shares]) -> None:
 
 
 def print_table(shares: dict[int, Shares], networks: int, out: Path) -> None:
-    """Prints a row a cell."""
+    """Prints one row for each width and depth."""
     table = Table("width", "depth", "lower bound", "dead", "upper bound", f"dead, biases of {BIAS}")
     for width, share in shares.items():
         for depth in DEPTHS:
             row = lower_bound(width, depth), share.constant[depth - 2], upper_bound(width, depth), share.biased[depth - 2]
             table.add_row(str(width), str(depth), *(f"{value:.4f}" for value in row), end_section=depth == DEPTHS[-1])
     Console().print(table)
-    print(f"{networks} networks a cell; written to {out}: {', '.join(OUTPUTS)}")
+    print(f"{networks} networks for each width and depth; written to {out}: {', '.join(OUTPUTS)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,14 +2,18 @@
 
     python examples/compare_activations.py
 
-classifies handwritten digits; five networks with seeds of their own train side by side. A linear model does well on them, so
-relu and identity also meet images moved by up to a pixel, where it fails. Writes runs/compare_activations:
-compare_activations.csv (a row an activation, depth and kind of images) and compare_activations.png.
+classifies handwritten digits, with five networks per activation that differ in their seeds and train side by side. On these
+digits a linear model does well. On digits moved by up to a pixel it does not, so relu and identity, with which the network
+is linear, are compared there too. Writes to runs/compare_activations: compare_activations.csv (one row per activation, depth
+and kind of images) and compare_activations.png.
 
-The columns: accuracy on test images, mean and standard deviation over the seeds; the epoch in which the median seed first
-has 95 % of the validation images right; after training, the share of units that no training image gives a gradient ("dead"),
-the share of outputs that are 0 ("zeros") and the mean output; before training, the gradient's norm in the first layer; and
-the time of the function and of its backward pass on a million numbers.
+The columns are
+- accuracy: the share of test images classified correctly, mean and standard deviation over the seeds;
+- epochs: the epoch in which 95 % of the validation images are first classified correctly, median over the seeds;
+- dead: after training, the share of units that get no gradient from any training image;
+- zeros, mean: after training, the share of the hidden layers' outputs that are 0, and their mean;
+- gradient: before training, the norm of the gradient in the first layer;
+- forward, backward: milliseconds of the function and of its backward pass on a million numbers.
 """
 
 import functools
@@ -79,14 +83,14 @@ class Network(NamedTuple):
 
 
 class Batches(NamedTuple):
-    """Every step's images of shape (epochs, steps, BATCH, WIDTH) and labels of shape (epochs, steps, BATCH)."""
+    """The images of all steps, of shape (epochs, steps, BATCH, WIDTH), and their labels, of shape (epochs, steps, BATCH)."""
 
     images: Array
     labels: Array
 
 
 class Trained(NamedTuple):
-    """What is seen of the networks of one activation and depth; each array has an element a seed."""
+    """What is seen of the networks of one activation and depth; each array has one element per seed."""
 
     correct: Array  # (epochs, seeds, images): whether an image held out is classified correctly
     gradient: Array
@@ -96,7 +100,7 @@ class Trained(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the file: shares and accuracies from 0 to 1, epochs inf if never reached, times in milliseconds."""
+    """One row of the file: shares and accuracies from 0 to 1, epochs inf if never reached, times in milliseconds."""
 
     images: str
     depth: int
@@ -113,22 +117,23 @@ class Row(NamedTuple):
 
 
 def scale(name: str) -> float:
-    """Returns what keeps the outputs' second moment; for sigmoid and tanh Glorot's scale, 1 for layers of one width."""
+    """Returns the activation's gain; for sigmoid and tanh 1, which is Glorot's scale between layers of equal width."""
     return 1.0 if name in ("sigmoid", "tanh") else gain(ACTIVATIONS[name])
 
 
 def init(key: Array, scale: Array, depth: int) -> Network:
-    """Returns a network with normal weights of the given scale over the root of the width."""
+    """Returns a network whose weights are normal, with a standard deviation of scale / sqrt(WIDTH)."""
     hidden, head = jax.random.split(key)
     kernels = scale / math.sqrt(WIDTH) * jax.random.normal(hidden, (depth, WIDTH, WIDTH))
     weights = jax.random.normal(head, (WIDTH, CLASSES)) / math.sqrt(WIDTH)
     return Network(kernels, jnp.full((depth, WIDTH), 0.01), jnp.full(depth, SLOPE), weights)
 
 
-# the choice is made at run time, so that one compilation serves all; with a checkpoint none keeps what another would need
+# the activation is chosen at run time, so that one compilation serves all; without the checkpoint, each would keep for its
+# backward pass what the others need
 @functools.partial(jax.checkpoint, static_argnums=0)
 def activate(names: tuple[str, ...], index: Array, x: Array, slope: Array) -> Array:
-    """Returns the activation of the index among names, at x."""
+    """Returns the activation names[index] of x; prelu takes the slope."""
     choices = [
         jaxrelu.prelu if name == "prelu" else lambda x, slope, function=ACTIVATIONS[name]: function(x) for name in names
     ]
@@ -136,7 +141,7 @@ def activate(names: tuple[str, ...], index: Array, x: Array, slope: Array) -> Ar
 
 
 def forward(names: tuple[str, ...], index: Array, network: Network, x: Array) -> tuple[Array, tuple[Array, Array]]:
-    """Returns the logits, and the pre-activations and outputs of every hidden unit: (depth, examples, WIDTH)."""
+    """Returns the logits, and the inputs and outputs of the activations, each of shape (depth, examples, WIDTH)."""
 
     def layer(x: Array, weights: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         kernel, bias, slope = weights
@@ -160,7 +165,7 @@ def inspect(names: tuple[str, ...], index: Array, network: Network, x: Array) ->
 def train(
     names: tuple[str, ...], index: Array, scale: Array, keys: Array, batches: Batches, held_out: Part, *, depth: int
 ) -> Trained:
-    """Trains a network for each key, all on the same batches."""
+    """Trains one network per key, all on the same batches."""
     optimizer = optax.adam(RATE)
 
     def loss(network: Network, batch: Batches) -> Array:
@@ -187,7 +192,7 @@ def train(
 
 
 def make_data(images: str, data: Digits, epochs: int, seed: int) -> tuple[Batches, Part]:
-    """Returns the batches of all epochs, each full, and the images held out: those to validate, then those to test."""
+    """Returns the batches of all epochs, each full, and the images held out: first those to validate, then those to test."""
     train, held_out = data.train, Part(*map(np.concatenate, zip(data.validation, data.test, strict=True)))
     rng = np.random.default_rng(seed)
     order = np.stack([training.batches(rng, len(train.labels), BATCH) for _ in range(epochs)])
@@ -203,7 +208,7 @@ def make_data(images: str, data: Digits, epochs: int, seed: int) -> tuple[Batche
 
 
 def time_passes(names: Sequence[str], repeats: int, key: Array) -> dict[str, list[float]]:
-    """Returns the milliseconds of each activation and of its backward pass on ELEMENTS numbers: medians, interleaved."""
+    """Returns the median milliseconds of each activation and of its backward pass on ELEMENTS numbers, measured in turns."""
     x, g = jax.random.normal(key, (2, ELEMENTS))
 
     def backward(function: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
@@ -225,7 +230,7 @@ def time_passes(names: Sequence[str], repeats: int, key: Array) -> dict[str, lis
 
 
 def make_row(setting: tuple[str, int, str], trained: Trained, validation: int, times: list[float]) -> Row:
-    """Returns the means over the seeds; the first images held out validate, the others test."""
+    """Returns the means over the seeds; the first `validation` of the images held out validate, the others test."""
     reached = trained.correct[..., :validation].mean(-1) >= 0.95
     epochs = np.where(reached.any(0), 1 + reached.argmax(0), math.inf)
     accuracy = trained.correct[-1, :, validation:].mean(-1)
@@ -234,7 +239,7 @@ def make_row(setting: tuple[str, int, str], trained: Trained, validation: int, t
 
 
 def miss(rows: list[Row], *, quick: bool) -> str:
-    """Returns what is not as expected, or an empty string."""
+    """Returns a sentence about the first figure that is not as expected, or an empty string."""
     found = {(row.images, row.depth, row.activation): row for row in rows}
     shallow, deep = DEPTHS
     relu, elu, sigmoid = (found["centred", deep, name] for name in ("relu", "elu", "sigmoid"))
@@ -257,7 +262,7 @@ def miss(rows: list[Row], *, quick: bool) -> str:
 
 
 def draw(path: Path, rows: list[Row]) -> None:
-    """Draws a line an activation: error, gradient, mean output and times."""
+    """Draws error, gradient, mean output and times, with one row per activation."""
     rows = [row for row in rows if row.images == "centred"]
     names = [row.activation for row in rows if row.depth == DEPTHS[-1]]
     labels = (
@@ -289,7 +294,7 @@ def draw(path: Path, rows: list[Row]) -> None:
 
 
 def print_tables(rows: list[Row], times: dict[str, list[float]]) -> None:
-    """Prints a table for each depth and kind of images, and one of times."""
+    """Prints one table for each depth and kind of images, and one of times."""
     for (images, depth), group in itertools.groupby(rows, key=lambda row: (row.images, row.depth)):
         columns = ("activation", "accuracy, %", "epochs", "dead", "zeros", "mean", "gradient")
         table = Table(*columns, title=f"{depth} hidden layers, {images} images")
@@ -312,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = QUICK if args.quick else FULL
     epochs, seeds, repeats = (1, 2, 3) if args.quick else (EPOCHS, SEEDS, 20)
     keys, rows = jax.random.split(jax.random.key(args.seed), seeds), []
-    # what every program chooses from, so that one of a depth serves both kinds of images
+    # the names that the compiled program chooses from: the same for both kinds of images, so that they share it
     choices = settings[0][2]
     with outputs.directory(parser, args.out) as directory:
         data = digits.bundled(args.seed)

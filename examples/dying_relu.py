@@ -1,10 +1,11 @@
-"""Kills 80 % of the units in three layers of a ReLU network, and compares what cures it: another slope, ELU, or recycling.
+"""Kills 80 % of the units in three layers of a ReLU network, and compares cures: a leaky slope, ELU, and recycling.
 
     python examples/dying_relu.py
 
-trains an 8-64-64-64-64-64-1 network on 2,048 points from a bad start, with no cure, with a leaky slope of 0.01 or 0.1, with
-ELU, and with jaxrelu.recycling, for three seeds. It writes runs/dying_relu/dying_relu.csv (a row a run: mean squared error
-in shares of the target's variance, and share of hidden units that fire at no point) and dying_relu.png.
+trains an 8-64-64-64-64-64-1 network on 2,048 points. At the start a large negative bias keeps many units from firing at any
+point: they are dead. The cures are a leaky slope of 0.01 or 0.1, ELU, and jaxrelu.recycling, which restarts dead units with
+fresh weights; each is tried with three seeds, as is no cure. Writes to runs/dying_relu: dying_relu.csv (one row per run: the
+mean squared error as a share of the target's variance, and the share of hidden units that are dead) and dying_relu.png.
 """
 
 import functools
@@ -51,7 +52,7 @@ COLORS = (plots.GREY, plots.SKY, plots.BLUE, plots.GREEN, plots.ORANGE)
 
 
 class Run(NamedTuple):
-    """A run of one cure: the errors and dead shares, one every CHUNK steps."""
+    """A run of one cure: the error and the share of dead units, before training and after every CHUNK steps."""
 
     cure: str
     seed: int
@@ -68,7 +69,7 @@ def draw_points(rng: np.random.Generator) -> tuple[Array, Array]:
 
 
 def draw_network(rng: np.random.Generator, activation: Callable[[Array], Array]) -> Params:
-    """Returns Kaiming weights, and biases of 0 but for the units killed."""
+    """Returns Kaiming weights, and biases: KILLING_BIAS for the units that are killed, 0 for the others."""
     params = {}
     for i, shape in enumerate(itertools.pairwise([INPUTS, *[WIDTH] * HIDDEN, 1])):
         weights = gain(activation) / math.sqrt(shape[0]) * rng.standard_normal(shape)
@@ -82,7 +83,7 @@ def draw_network(rng: np.random.Generator, activation: Callable[[Array], Array])
 def predict(activation: Array, params: Params, x: Array) -> tuple[Array, dict[str, UnitStats]]:
     """Returns the predictions and the statistics of each hidden layer.
 
-    The activation is its place in ACTIVATIONS, a number, so that all share one compilation.
+    The activation is given as its index in ACTIVATIONS, so that all share one compilation.
     """
     stats = {}
     for i in range(HIDDEN):
@@ -94,7 +95,7 @@ def predict(activation: Array, params: Params, x: Array) -> tuple[Array, dict[st
 
 
 def optimizer(recycling: bool, key: Array) -> optax.GradientTransformationExtraArgs:
-    """Returns Adam, with recycling or without."""
+    """Returns Adam, with recycling of dead units or without."""
     adam = optax.adam(1e-3)
     if not recycling:
         return optax.with_extra_args_support(adam)
@@ -103,7 +104,7 @@ def optimizer(recycling: bool, key: Array) -> optax.GradientTransformationExtraA
 
 
 def train(name: str, seed: int, steps: int, progress: tqdm) -> Run:
-    """Trains one network from the bad start that all cures share."""
+    """Trains one network with a cure; the start is equally bad for all cures."""
     activation, recycling = jnp.int32(ACTIVATIONS.index(CURES[name])), name == "recycle"
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
     points, params = draw_points(rng), draw_network(rng, CURES[name])
@@ -121,7 +122,7 @@ def train(name: str, seed: int, steps: int, progress: tqdm) -> Run:
 
 @jax.jit
 def evaluate(activation: Array, params: Params, x: Array, y: Array) -> tuple[Array, Array]:
-    """Returns the mean squared error and the dead share over all points."""
+    """Returns the mean squared error and the share of dead units over all points."""
     out, stats = predict(activation, params, x)
     return ((out - y) ** 2).mean(), jnp.stack([layer.dead for layer in stats.values()]).mean()
 
@@ -130,7 +131,7 @@ def evaluate(activation: Array, params: Params, x: Array, y: Array) -> tuple[Arr
 def advance(
     recycling: bool, activation: Array, params: Params, state: optax.OptState, key: Array, batches: Array, x: Array, y: Array
 ) -> tuple[Params, optax.OptState]:
-    """Returns the network and the optimizer's state after a step on each batch, rows of indices of points."""
+    """Returns the network and the optimizer's state after one step per row of batches, which holds indices of points."""
     transformation = optimizer(recycling, key)
 
     def step(carry: tuple[Params, optax.OptState], chosen: Array) -> tuple[tuple[Params, optax.OptState], None]:
@@ -148,8 +149,8 @@ def advance(
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
-    """Plots the error and the dead share over time: the median of the seeds, and their range."""
-    labels = ("mean squared error\n(shares of the variance)", "dead hidden units (%)")
+    """Plots the error and the share of dead units by step: the median of the seeds, and their range."""
+    labels = ("mean squared error\n(share of the variance)", "dead hidden units (%)")
     figure, panels = plots.panels("80 % of the units of three layers killed at the start", "step", labels)
     for name, color in zip(CURES, COLORS, strict=True):
         mine = [run for run in runs if run.cure == name]
@@ -164,7 +165,7 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
 
 
 def print_table(runs: Sequence[Run], out: Path) -> None:
-    """Prints a row a cure, with the range over the seeds."""
+    """Prints one row per cure, with the range over the seeds."""
     table = Table("cure", "mean squared error", "dead hidden units", title="at the end, range over the seeds")
     for name in CURES:
         errors = [run.mse[-1] for run in runs if run.cure == name]

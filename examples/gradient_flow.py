@@ -1,10 +1,10 @@
-"""Shows how gradients fade in a deep sigmoid network and last in a ReLU network of the same size.
+"""Shows that gradients vanish in a deep sigmoid network, and do not in a ReLU network of the same size.
 
     python examples/gradient_flow.py
 
-compares the derivative of a layer of two units with respect to its input, then the gradients of ten layers of weights, and
-writes runs/gradient_flow/gradient_flow.csv (layer, root mean square of the gradient for each activation) and
-gradient_flow.png.
+computes the derivative of a layer of two units with respect to its input, then the gradients of ten layers of weights, with
+both activations. Writes to runs/gradient_flow: gradient_flow.csv (one row per layer: the root mean square of the gradient
+with each activation) and gradient_flow.png.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from jaxrelu import diagnostics
 from jaxrelu.initializers import kaiming_normal
 
 LAYERS, WIDTH, EXAMPLES = 10, 64, 256
-# an activation and its usual initializer
+# each activation with its usual initializer
 ACTIVATIONS = {
     "sigmoid": (jax.nn.sigmoid, jax.nn.initializers.glorot_normal()),
     "relu": (jaxrelu.relu, kaiming_normal(jaxrelu.relu)),

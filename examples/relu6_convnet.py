@@ -2,9 +2,10 @@
 
     python examples/relu6_convnet.py
 
-relu6 was bounded at 6 so that activations fit a number of few bits whose range is known before training: with 8 bits the
-step is 6/255. relu has no bound; its range must be observed, layer by layer, and the largest value seen sets the step. The
-network is trained with each, in float32 and in bfloat16, and tested with every activation rounded.
+A number of 8 bits has 256 levels, which must be spread over the range of the activations. relu6 never exceeds 6, so that its
+range is known before training, and two neighbouring levels lie 6/255 apart. relu has no bound: its range must be observed,
+layer by layer, and the largest value seen sets the distance. The network is trained with relu6 and with relu, in float32 and
+in bfloat16, and tested with every activation rounded to such levels.
 
 Howard et al. 2017, MobileNets (arXiv:1704.04861).
 """
@@ -45,7 +46,8 @@ OUTPUTS = ("accuracy.csv", "ranges.csv", "relu6_convnet.png")
 class Depthwise(nnx.Module):
     """A 3 x 3 convolution of each channel by itself, as nine products of shifted images.
 
-    That is nnx.Conv with one group a channel, whose gradient takes XLA's CPU backend five times as long.
+    It computes what nnx.Conv does with one group per channel. XLA's CPU backend takes five times as long for the gradient of
+    that.
     """
 
     def __init__(self, channels: int, stride: int, init: Initializer, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -64,9 +66,9 @@ class Depthwise(nnx.Module):
 
 
 class MobileNet(nnx.Module):
-    """A convolution and depthwise separable blocks, batch norm and the activation after each, for images with one channel.
+    """Convolutions, depthwise separable after the first, with batch norm and activation behind each; takes one channel.
 
-    Parameters and statistics are float32; `dtype` is that of the computation.
+    Parameters and batch norm's statistics are float32; the computation is in `dtype`.
     """
 
     def __init__(self, activation: Activation, blocks: Blocks, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -90,8 +92,8 @@ class MobileNet(nnx.Module):
 
         Args:
             x: images.
-            top: if given, the ends of the ranges, one an activation, to round in; what lies above becomes the end.
-            levels: steps in a range.
+            top: if given, one number per activation: its outputs are rounded to levels from 0 to this number, at most.
+            levels: how many steps the levels make, one less than their number.
         """
         largest = []
         for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
@@ -105,7 +107,7 @@ class MobileNet(nnx.Module):
 
 
 class Row(NamedTuple):
-    """A row of accuracy.csv: the share of test images classified correctly, unrounded, and by the bits of an activation."""
+    """One row of accuracy.csv: the share of test images classified correctly without rounding, and for each of BITS."""
 
     activation: str
     dtype: str
@@ -128,7 +130,7 @@ def predict_rounded(model: MobileNet, images: Array, top: Array, levels: Array) 
 
 
 def train(model: MobileNet, data: Digits, epochs: int, seed: int, progress: tqdm) -> None:
-    """Trains the model on the training and the validation images, as no choice is made by the latter."""
+    """Trains the model on the training and the validation images; nothing is chosen by validation."""
     images = np.concatenate([data.train.images, data.validation.images])
     labels = np.concatenate([data.train.labels, data.validation.labels])
     schedule = optax.cosine_decay_schedule(0.01, epochs * (len(labels) // BATCH))
@@ -143,13 +145,13 @@ def train(model: MobileNet, data: Digits, epochs: int, seed: int, progress: tqdm
 
 
 def examine(name: str, dtype: DTypeLike, data: Digits, args: argparse.Namespace, progress: tqdm) -> Row:
-    """Trains with an activation in a dtype, and tests with the activations as they are and rounded."""
+    """Trains with an activation in a dtype, and tests without rounding and with it."""
     blocks = BLOCKS[:1] if args.quick else BLOCKS
-    # jitted, as each layer's draws would be compiled by themselves otherwise
+    # under jit, as otherwise the draws of each layer would be compiled one by one
     model = nnx.jit(lambda: MobileNet(getattr(jaxrelu, name), blocks, dtype, nnx.Rngs(args.seed)))()
     train(model, data, QUICK_EPOCHS if args.quick else EPOCHS, args.seed, progress)
     _, largest = predict(model, data.train.images)
-    # relu6 needs no look at the data; relu's range is that of the training images
+    # relu6's range needs no data; relu's is that seen on the training images
     top = jnp.full_like(largest, 6.0) if name == "relu6" else largest
     images, labels = data.test.images, data.test.labels
     accuracy = np.mean(predict(model, images)[0] == labels)
@@ -173,7 +175,7 @@ def write(directory: outputs.Outputs, rows: Sequence[Row]) -> None:
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
-    """Draws the accuracy by the bits, and the range of each layer."""
+    """Draws the accuracy over the number of bits, and the range of each layer."""
     figure, (accuracy, ranges) = plots.panels(
         "relu6's range is known before training, relu's must be observed",
         "activation, from the input on",
@@ -197,7 +199,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
 
 
 def print_summary(rows: Sequence[Row]) -> None:
-    """Prints a table, and relu6's accuracies as the last line."""
+    """Prints a table and, as the last line, the accuracies with relu6."""
     table = Table("test accuracy (%)", *(f"{row.activation} {row.dtype}" for row in rows))
     for i, name in enumerate(["as it is", *(f"{bits} bits" for bits in BITS)]):
         table.add_row(name, *(f"{100 * (row.accuracy, *row.rounded)[i]:.1f}" for row in rows))

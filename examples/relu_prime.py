@@ -2,10 +2,12 @@
 
     python examples/relu_prime.py
 
-In exact arithmetic a pre-activation is almost never 0; in 16 bits it often is. First: the share of minibatches whose
-gradient changes when relu's derivative at 0 goes from 0 to 1, by precision. Second: the test accuracy in bfloat16 for
-derivatives from 0 to 100, with jaxrelu's rule, which scales the incoming gradient, beside the rule of the code published
-with the paper, which writes the constant in its place: the collapse at large derivatives is that rule's.
+In exact arithmetic the input of a relu is almost never 0; in 16 bits it often is. The script measures two things:
+
+1. for each precision, the share of minibatches whose gradient changes when relu's derivative at 0 goes from 0 to 1;
+2. the test accuracy in bfloat16 for derivatives at 0 from 0 to 100, with two rules for the backward pass at 0. jaxrelu's
+   rule multiplies the incoming gradient by the derivative. The code published with the paper replaces the incoming gradient
+   by the derivative, and only with this rule does the accuracy collapse at large derivatives.
 
 Bertoin et al. 2021, Numerical influence of ReLU'(0) on backpropagation (arXiv:2106.12915).
 """
@@ -43,7 +45,7 @@ Parameters = list[tuple[Array, Array]]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def assigned_relu(x: Array, kink: float) -> Array:
-    """Returns relu(x), with the published code's rule: at 0 the gradient becomes the constant, whatever comes in."""
+    """Returns relu(x), with the published code's rule: at 0 the gradient is the constant, whatever the incoming gradient."""
     return jnp.maximum(x, 0)
 
 
@@ -61,7 +63,7 @@ RULES: dict[str, Callable[..., Array]] = {"scaled": jaxrelu.relu, "assigned": as
 
 
 class Accuracy(NamedTuple):
-    """A row of accuracy.csv: the mean over seeds of the share of test images classified correctly, and its extremes."""
+    """One row of accuracy.csv: the share of test images classified correctly, as mean, least and largest over the seeds."""
 
     rule: str
     kink: float
@@ -71,7 +73,7 @@ class Accuracy(NamedTuple):
 
 
 def init(key: Array, dtype: DTypeLike) -> Parameters:
-    """Returns weights and biases of the hidden layers and the output."""
+    """Returns the weights and biases of the hidden layers and of the output."""
     sizes = [64, *[WIDTH] * DEPTH, 10]
     weights = kaiming_normal(jaxrelu.relu)
     keys = jax.random.split(key, len(sizes) - 1)
@@ -90,13 +92,13 @@ def logits(parameters: Parameters, images: Array, activation: Activation, dtype:
 
 
 def loss(parameters: Parameters, images: Array, labels: Array, activation: Activation, dtype: DTypeLike) -> Array:
-    """Returns the cross-entropy, taken in float32 or wider as usual in mixed precision."""
+    """Returns the cross-entropy, computed in float32 or wider as usual in mixed precision."""
     wide = jnp.promote_types(dtype, jnp.float32)
     z = logits(parameters, images, activation, dtype).astype(wide)
     return optax.softmax_cross_entropy_with_integer_labels(z, labels).mean()
 
 
-# plain gradient descent, as Adam would divide a wrong gradient by its own size
+# plain gradient descent: Adam divides the gradient by its size, which would hide that it is wrong
 OPTIMIZER = optax.sgd(0.1)
 
 
@@ -111,14 +113,14 @@ def train(
     """Trains on the batches, one after the other.
 
     Args:
-        parameters: the start; updated in their own precision, wider than or as wide as the computation's.
+        parameters: where to start; updated in their own precision, which is at least that of the computation.
         batches: images of shape (steps, n, 64) and labels.
         activation: of every hidden layer.
         dtype: of the computation.
-        other: if given, an activation to compare with: with its derivative.
+        other: if given, an activation whose gradients are compared with those of `activation`.
 
     Returns:
-        The parameters, and whether the gradient with `other` was another one, for each step.
+        The parameters and, for each step, whether the gradient with `other` differs.
     """
 
     def step(carry: Any, batch: tuple[Array, Array]) -> tuple[Any, Array]:
@@ -137,7 +139,7 @@ def train(
 
 
 def batches_of(part: Part, steps: int, seed: int, dtype: DTypeLike) -> tuple[Array, Array]:
-    """Returns random minibatches, each epoch in its own order."""
+    """Returns random minibatches; every epoch has an order of its own."""
     rng, count = np.random.default_rng(seed), len(part.labels)
     epochs = -(-steps // (count // BATCH))
     chosen = np.concatenate([training.batches(rng, count, BATCH) for _ in range(epochs)])[:steps]
@@ -159,7 +161,7 @@ def share_of_minibatches(part: Part, dtype: str, steps: int, seed: int) -> float
 
 
 def accuracies(data: Digits, rule: str, kink: float, steps: int, seeds: Sequence[int]) -> Accuracy:
-    """Returns the test accuracy in bfloat16 with a derivative at 0 by a rule, trained once a seed."""
+    """Returns the test accuracy in bfloat16 for a rule and a derivative at 0, trained once per seed."""
     activation = functools.partial(RULES[rule], kink=kink)
     found = []
     for seed in seeds:
@@ -179,7 +181,7 @@ def write(directory: outputs.Outputs, shares: dict[str, float], rows: Sequence[A
 
 
 def draw(path: Path, shares: dict[str, float], rows: Sequence[Accuracy]) -> None:
-    """Draws the shares by precision, and the accuracy by the derivative at 0."""
+    """Draws the share for each precision, and the accuracy over the derivative at 0."""
     figure, (bars, lines) = plots.panels(
         "relu's derivative at 0",
         "derivative at 0",
@@ -191,7 +193,7 @@ def draw(path: Path, shares: dict[str, float], rows: Sequence[Accuracy]) -> None
     bars.bar_label(drawn, fmt="%.1f")
     bars.set_ylim(0, 112)
     bars.set_xlabel("precision")
-    labels = {"scaled": "jaxrelu: scales the gradient", "assigned": "published code: writes the constant"}
+    labels = {"scaled": "jaxrelu: multiplies the gradient", "assigned": "published code: replaces the gradient"}
     for rule, color, marker in (("scaled", plots.BLUE, "o"), ("assigned", plots.ORANGE, "s")):
         mine = [row for row in rows if row.rule == rule]
         mean = np.array([row.mean for row in mine])
@@ -211,13 +213,13 @@ def draw(path: Path, shares: dict[str, float], rows: Sequence[Accuracy]) -> None
 
 
 def print_summary(shares: dict[str, float], rows: Sequence[Accuracy]) -> None:
-    """Prints two tables, and the accuracies at 10 as the last line."""
+    """Prints two tables and, as the last line, the accuracies for a derivative of 10."""
     console = Console()
     table = Table("precision", "minibatches whose gradient depends on relu'(0)")
     for dtype, share in shares.items():
         table.add_row(dtype, f"{100 * share:.1f} %")
     console.print(table)
-    table = Table("relu'(0)", "jaxrelu: scales the gradient", "published code: writes the constant")
+    table = Table("relu'(0)", "jaxrelu: multiplies the gradient", "published code: replaces the gradient")
     found = {(row.rule, row.kink): row for row in rows}
     for kink in dict.fromkeys(row.kink for row in rows):
         table.add_row(f"{kink:g}", *(f"{100 * found[rule, kink].mean:.1f} %" for rule in RULES))
@@ -227,7 +229,7 @@ def print_summary(shares: dict[str, float], rows: Sequence[Accuracy]) -> None:
 
 
 def check(parser: options.Parser, args: argparse.Namespace, shares: dict[str, float], rows: Sequence[Accuracy]) -> None:
-    """Exits with code 1 if the figures are not those that the program is to show."""
+    """Exits with code 1 if a figure is not what the script is to show."""
     if shares["bfloat16"] < 0.5 or shares["float32"] > 0.05:
         parser.fail(
             "relu'(0) must matter in at least 50 % of the minibatches in bfloat16 and at most 5 % in float32, got "

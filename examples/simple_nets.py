@@ -1,10 +1,10 @@
-"""Builds two small networks with Flax linen and nnx, and shows that both are one function of the same weights.
+"""Builds two small networks in Flax linen and in Flax nnx, and shows that equal weights give equal outputs.
 
     python examples/simple_nets.py
 
-has 10-20-1 with a ReLU between its layers, and 10-5 with a ReLU behind. One call gives every layer of a network He's weights
-and biases of 0.01. Writes runs/simple_nets/simple_nets.csv (a row a parameter) and simple_nets.png, the outputs for normal
-inputs.
+builds 10-20-1 (ten inputs, twenty hidden units with ReLU, one output) and 10-5 (ten inputs, five outputs with ReLU). One
+call gives every layer of a network He's weights and biases of 0.01. Writes runs/simple_nets/simple_nets.csv (one row per
+parameter) and simple_nets.png, the distribution of the outputs for normal inputs.
 """
 
 import functools
@@ -73,7 +73,7 @@ NETWORKS = {"10-20-1": (LinenRegressor, NnxRegressor), "10-5": (LinenFeatures, N
 
 
 class Parameter(NamedTuple):
-    """A row of the table: the root mean square of the numbers drawn, and that of the distribution."""
+    """One row of the table: the root mean square of the numbers drawn, and that of the distribution they come from."""
 
     network: str
     parameter: str
@@ -97,17 +97,17 @@ def he(params: dict[str, Any], key: Array) -> dict[str, Any]:
 def run(name: str, x: Array, seed: int) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """Returns the parameters of a network, and its outputs at x as a linen and as an nnx module."""
     linen_class, nnx_class = NETWORKS[name]
-    # jitted, as each layer's draws would be compiled by themselves otherwise
+    # under jit, as otherwise the draws of each layer would be compiled one by one
     linen_model, nnx_model = linen_class(), nnx.jit(lambda: nnx_class(nnx.Rngs(seed)))()
     shapes = jax.eval_shape(linen_model.init, jax.random.key(seed), x)["params"]
     params = jax.jit(functools.partial(he, shapes))(jax.random.key(seed))
-    # linen's dict of layers is nnx's, as the layers have the same names
+    # nnx takes linen's dict of parameters, as the layers have the same names
     nnx.update(nnx_model, params)
     return params, np.asarray(linen_model.apply({"params": params}, x)), np.asarray(nnx_model(x))
 
 
 def parameters(network: str, params: dict[str, Any]) -> list[Parameter]:
-    """Returns a row a parameter."""
+    """Returns one row per parameter."""
     rows = []
     for path, array in jax.tree.leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -119,7 +119,7 @@ def parameters(network: str, params: dict[str, Any]) -> list[Parameter]:
 
 
 def draw(path: Path, found: dict[str, np.ndarray]) -> None:
-    """Plots how the outputs are distributed."""
+    """Plots the distribution of the outputs."""
     labels = [f"{name}: share of\noutputs (%)" for name in found]
     figure, panels = plots.panels("outputs of two ReLU networks for normal inputs", "output", labels)
     edges = np.linspace(-5, 5, 51)

@@ -2,10 +2,11 @@
 
     python examples/stable_training.py
 
-relu is unbounded, so a step that is too long makes the activations, and with them the gradient, grow from layer to layer.
-Where that is held back, long steps still push units below 0 for every example, and there they stay. A network of twelve
-hidden layers learns the digits with momentum: at a suitable rate, at 15 times that rate, and then with each of the cures.
-Last, a relu stands where it does not belong, behind an output that must be negative.
+relu is unbounded, so after a step that is too long the activations grow from layer to layer, and the gradient with them.
+If that is prevented, long steps can still kill units: push them below 0 for every example, where they get no gradient and
+stay. A network of twelve hidden layers learns the digits by gradient descent with momentum: at a suitable learning rate, at
+15 times that rate, and at that high rate with each of several cures. At the end a relu is put where it does not belong, on
+an output that must be negative.
 """
 
 import functools
@@ -38,7 +39,7 @@ Parameters = list[dict[str, Array]]
 
 
 class Recipe(NamedTuple):
-    """How to train: the optimizer for a number of steps, whether with batch norm, and how to draw the run."""
+    """How to train: the optimizer for a given number of steps, whether to use batch norm, and how to draw the run."""
 
     optimizer: Callable[[int], optax.GradientTransformation]
     norm: bool
@@ -46,10 +47,10 @@ class Recipe(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What was seen at each step, and at the end the share of test images classified correctly.
+    """Loss, gradient norm and share of dead units at each step, and the share of test images classified right at the end.
 
-    The gradient's norm is taken before it is clipped. The dead share is that of the hidden units which no validation image
-    activates, NaN once the activations are not finite.
+    The norm is that of the gradient before clipping. A hidden unit is dead if no validation image activates it; the share is
+    NaN once activations are not finite.
     """
 
     loss: np.ndarray
@@ -64,22 +65,22 @@ def sgd(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
 
 
 def clipped(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Returns the same, of a gradient that is scaled down to norm 1 if it is longer."""
+    """Returns the same with clipping: a gradient whose norm is above 1 is scaled down to norm 1."""
     return optax.chain(optax.clip_by_global_norm(1.0), sgd(rate))
 
 
 def cosine(steps: int) -> optax.Schedule:
-    """Returns a rate that rises from 0 over a tenth of the steps and falls back along a cosine."""
+    """Returns a rate that rises from 0 over the first tenth of the steps, then falls to 0 along a cosine."""
     return optax.warmup_cosine_decay_schedule(0.0, HIGH, steps // 10, steps)
 
 
 def stairs(steps: int) -> optax.Schedule:
-    """Returns a rate that falls to a tenth, and again, at a quarter and at three quarters of the steps."""
+    """Returns a rate that is divided by 10 at a quarter of the steps, and again at three quarters."""
     return optax.piecewise_constant_schedule(HIGH, {steps // 4: 0.1, steps * 3 // 4: 0.1})
 
 
 def exponential(steps: int) -> optax.Schedule:
-    """Returns a rate that falls by the same factor each step, to a hundredth."""
+    """Returns a rate that falls by the same factor each step, at the end to a hundredth of the first."""
     return optax.exponential_decay(HIGH, steps, decay_rate=0.01)
 
 
@@ -101,7 +102,7 @@ QUICK = (EXPLODES, CURES[0])
 
 
 def init(key: Array, sizes: Sequence[int]) -> Parameters:
-    """Returns weights, biases, and batch norm's scales, which a network without it leaves alone."""
+    """Returns weights, biases, and scales, which batch norm alone uses."""
     weights = kaiming_normal(jaxrelu.relu)
     keys = jax.random.split(key, len(sizes) - 1)
     return [
@@ -115,7 +116,7 @@ def forward(parameters: Parameters, x: Array, norm: bool = False) -> tuple[Array
     seen = []
     for layer in parameters[:-1]:
         z = x @ layer["weights"]
-        if norm:  # by the statistics of this batch
+        if norm:  # with the mean and variance of this batch
             z = layer["scale"] * jax.nn.standardize(z, axis=0, epsilon=1e-5)
         z = z + layer["bias"]
         seen.append(z)
@@ -148,12 +149,12 @@ def train(recipe: Recipe, data: Digits, steps: int, seed: int) -> Run:
 
     batches = np.random.default_rng(seed).integers(len(labels), size=(steps, BATCH))
     seen, logits = run(init(jax.random.key(seed), [64, *[WIDTH] * DEPTH, data.classes]), batches)
-    # logits that are not finite name no class
+    # logits that are not finite count as wrong
     right = (logits.argmax(-1) == data.test.labels) & jnp.isfinite(logits).all(-1)
     return Run(*jax.device_get(seen), accuracy=float(right.mean()))
 
 
-# what may stand behind the output of a network that must give negative numbers
+# the last function of a network whose output must be negative, to be compared
 ENDS: dict[str, tuple[Callable[[Array], Array], dict[str, Any]]] = {
     "relu": (jaxrelu.relu, _style(plots.ORANGE)),
     "nothing": (lambda z: z, _style(plots.BLUE)),
@@ -163,7 +164,7 @@ QUICK_ENDS = tuple(ENDS)[:2]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def fit_negative(end: Callable[[Array], Array], steps: int, parameters: Parameters) -> tuple[Array, Array]:
+def fit_negative(end: Callable[[Array], Array], steps: int, key: Array) -> tuple[Array, Array]:
     """Fits y = -1 - x^2 on [-1, 1] by a network with `end` as its last function; returns losses and gradient norms."""
     x = jnp.linspace(-1.0, 1.0, 65)[:, None]
     optimizer = optax.adam(0.01)
@@ -177,11 +178,12 @@ def fit_negative(end: Callable[[Array], Array], steps: int, parameters: Paramete
         updates, state = optimizer.update(gradients, state)
         return (optax.apply_updates(parameters, updates), state), (value, optax.tree.norm(gradients))
 
+    parameters = init(key, [1, 32, 1])
     return jax.lax.scan(step, (parameters, optimizer.init(parameters)), length=steps)[1]
 
 
 def write(directory: outputs.Outputs, runs: dict[str, Run], fits: dict[str, np.ndarray]) -> None:
-    """Writes every step, the ends of the runs, and the picture."""
+    """Writes every step, the final figures of each run, and the picture."""
     columns = ("loss", "gradient_norm", "dead_share")
     steps = [
         (name, i, *map(float, seen)) for name, run in runs.items() for i, seen in enumerate(zip(*run[:3], strict=True), 1)
@@ -202,7 +204,7 @@ def figures(run: Run) -> tuple[float, float, float, float]:
 
 
 def draw(path: Path, runs: dict[str, Run], fits: dict[str, np.ndarray]) -> None:
-    """Draws losses, gradient norms and dead shares by step, and the losses of the negative output."""
+    """Draws loss, gradient norm and share of dead units by step, and the losses of the network with a negative output."""
     labels = (
         "training loss",
         "gradient norm,\nlargest of 10 steps",
@@ -212,7 +214,7 @@ def draw(path: Path, runs: dict[str, Run], fits: dict[str, np.ndarray]) -> None:
     title = f"Twelve hidden layers of relu at learning rate {HIGH}, and the cures"
     figure, (losses, norms, dead, negative) = plots.panels(title, "step", labels, height=2.3, sharex=False)
     for name, run in runs.items():
-        # of ten steps the mean, of gradients the largest, as single steps are noisy; a cross where they stop being finite
+        # single steps are noisy: of ten the mean is drawn, of gradient norms the largest; a cross marks the last finite
         panel_values = ((losses, run.loss, np.mean), (norms, run.gradient_norm, np.max), (dead, 100 * run.dead, np.mean))
         for panel, values, of_ten in panel_values:
             tens = {end: values[end - 10 : end] for end in range(10, 1 + len(values), 10)}
@@ -236,7 +238,7 @@ def draw(path: Path, runs: dict[str, Run], fits: dict[str, np.ndarray]) -> None:
 
 
 def print_summary(runs: dict[str, Run], fits: dict[str, np.ndarray]) -> None:
-    """Prints two tables, and the accuracies without and with a cure as the last line."""
+    """Prints two tables and, as the last line, the accuracies without and with a cure."""
     console = Console()
     table = Table("training", "last loss", "largest gradient", "dead", "test accuracy")
     for name, run in runs.items():
@@ -244,7 +246,7 @@ def print_summary(runs: dict[str, Run], fits: dict[str, np.ndarray]) -> None:
         last, share = (f"{loss:.3f}", f"{100 * dead:.0f} %") if math.isfinite(loss) else ("NaN", "NaN")
         table.add_row(name, last, f"{norm:.3g}", share, f"{100 * accuracy:.1f} %")
     console.print(table)
-    table = Table("behind a negative output", "last loss", "last gradient norm")
+    table = Table("last function, for a negative output", "last loss", "last gradient norm")
     for name, (loss, norm) in fits.items():
         table.add_row(name, f"{loss[-1]:.2g}", f"{norm[-1]:.2g}")
     console.print(table)
@@ -253,7 +255,7 @@ def print_summary(runs: dict[str, Run], fits: dict[str, np.ndarray]) -> None:
 
 
 def check(parser: options.Parser, quick: bool, runs: dict[str, Run], fits: dict[str, np.ndarray]) -> None:
-    """Exits with code 1 if the figures are not those that the program is to show."""
+    """Exits with code 1 if a figure is not what the script is to show."""
     if math.isfinite(runs[EXPLODES].loss[-1]):
         parser.fail(f"the loss at rate {HIGH} must end in NaN, got {runs[EXPLODES].loss[-1]}")
     for name in CURES[:1] if quick else CURES:
@@ -269,7 +271,7 @@ def check(parser: options.Parser, quick: bool, runs: dict[str, Run], fits: dict[
             )
     if fits["relu"][1, -1] != 0 or fits["relu"][0, -1] < 1 or fits["nothing"][0, -1] > (0.5 if quick else 0.01):
         parser.fail(
-            "a relu behind a negative output must stop learning, and without it the loss end near 0, got losses "
+            "with a relu on a negative output the network must learn nothing, without it reach a loss near 0, got losses "
             f"{fits['relu'][0, -1]:.2g} and {fits['nothing'][0, -1]:.2g}"
         )
 
@@ -283,8 +285,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = digits.bundled(args.seed)
         with tqdm(names, unit="run") as progress:
             runs = {name: train(RECIPES[name], data, steps, args.seed) for name in progress}
-        start = init(jax.random.key(args.seed), [1, 32, 1])
-        fits = {name: np.array(fit_negative(ENDS[name][0], STEPS, start)) for name in ends}
+        key = jax.random.key(args.seed)
+        fits = {name: np.array(fit_negative(ENDS[name][0], STEPS, key)) for name in ends}
         write(directory, runs, fits)
     print_summary(runs, fits)
     check(parser, args.quick, runs, fits)

@@ -2,9 +2,12 @@
 
     python examples/train_digits.py --activation elu --model cnn
 
-writes runs/digits/metrics.csv (a row an epoch), curves.png, units.png (share of dead units and firing rate of each layer)
-and model, an Orbax checkpoint of the parameters of the epoch with the best validation accuracy. The test images are looked
-at once, with those parameters. Units are observed on the validation images, for --recycle on the training batches.
+writes to runs/digits: metrics.csv (one row per epoch), curves.png, units.png (by layer, the share of dead units and the
+firing rate) and model, an Orbax checkpoint of the parameters of the epoch with the best validation accuracy. With these
+parameters the test images are classified, once.
+
+A unit is dead if no image activates it; the firing rate is the share of images and positions that activate a unit. Both are
+taken on the validation images. --recycle restarts dead units while training, by what it sees in the training batches.
 """
 
 import argparse
@@ -36,14 +39,15 @@ from jaxrelu.recycling import Edge, recycle
 SCHEDULES = ("constant", "cosine", "exponential", "step")
 OUTPUTS = ("metrics.csv", "curves.png", "units.png", "model")
 UNITS = ("dead", "firing_rate")
-# images scored at a time, so that a large test set fits in memory; the bundled digits' 180 and 360 share one compilation
+# images evaluated at a time, so that a large test set fits in memory; of the bundled digits 180 validate and 360 test, so
+# that one compilation serves both
 CHUNK = 180
 
 
 class Epoch(NamedTuple):
-    """A row of metrics.csv: losses and gradient norms are means, the learning rate is that of the first step.
+    """One row of metrics.csv: loss and gradient norm are means over the steps, the learning rate is that of the first step.
 
-    Each layer has two columns more, as "hidden1/dead" and "hidden1/firing_rate": shares over the validation images.
+    Each layer adds two columns, for example "hidden1/dead" and "hidden1/firing_rate": shares over the validation images.
     """
 
     epoch: int
@@ -72,16 +76,20 @@ def build_parser() -> options.Parser:
     add("--activation", choices=ACTIVATIONS, default="relu", help="activation of every hidden layer")
     add("--model", choices=MODELS, default="cnn", help="network")
     add("--epochs", type=options.positive_int, default=60, help="passes over the training images")
-    add("--batch-size", type=options.positive_int, default=64, help="images a step")
+    add("--batch-size", type=options.positive_int, default=64, help="images per step")
     add("--learning-rate", type=options.positive_float, default=0.005, help="Adam's learning rate at the first step")
-    add("--schedule", choices=SCHEDULES, default="cosine", help="course of the learning rate")
+    add("--schedule", choices=SCHEDULES, default="cosine", help="how the learning rate changes over the steps")
     add("--clip-norm", type=options.nonnegative_float, default=0.0, help="largest gradient norm; 0: no limit")
-    add("--patience", type=options.natural, default=0, help="epochs without a better validation before a stop; 0: no stop")
-    add("--recycle", type=options.natural, default=0, help="steps from one recycling of dead units to the next; 0: none")
+    add(
+        "--patience", type=options.natural, default=0, help="stop after so many epochs without a better validation; 0: never"
+    )
+    add("--recycle", type=options.natural, default=0, help="restart dead units every so many steps; 0: never")
     add("--seed", type=options.seed, default=0, help="seed of the weights, the batches and the shifts")
     add("--split-seed", type=options.seed, default=0, help="seed of the split into training, validation and test images")
     add("--out", type=options.path, default=Path("runs/digits"), help="directory to write")
-    add("--data", type=options.path, help="an .npz file in the layout of Keras's mnist.npz, in place of the bundled digits")
+    add(
+        "--data", type=options.path, help="an .npz file with the arrays of Keras's mnist.npz, in place of the bundled digits"
+    )
     return parser
 
 
@@ -97,7 +105,7 @@ def make_schedule(name: str, rate: float, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(model: nnx.Module, schedule: optax.Schedule, args: argparse.Namespace) -> nnx.Optimizer:
-    """Returns Adam, with the gradient clipped and dead units recycled if the options say so."""
+    """Returns Adam; the options decide whether gradients are clipped and dead units recycled."""
     clip = [optax.clip_by_global_norm(args.clip_norm)] if args.clip_norm else []
     transformation = optax.chain(*clip, optax.adam(schedule))
     if args.recycle:
@@ -109,14 +117,14 @@ def make_optimizer(model: nnx.Module, schedule: optax.Schedule, args: argparse.N
 
 @nnx.jit
 def score(model: nnx.Module, images: Array, labels: Array) -> tuple[Array, Array, dict[str, UnitStats]]:
-    """Returns the sum of the losses, the number of images classified correctly and the statistics of the units."""
+    """Returns the sum of the losses, the number of images classified correctly, and the statistics of each layer's units."""
     logits, stats = training.observed(model, images)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses.sum(), (logits.argmax(-1) == labels).sum(), stats
 
 
 def evaluate(model: nnx.Module, part: Part) -> tuple[float, float, dict[str, float]]:
-    """Returns the mean loss, the accuracy, and the dead share and firing rate of each layer."""
+    """Returns the mean loss, the accuracy, and the share of dead units and the firing rate of each layer."""
     n = len(part.labels)
     scores = [score(model, part.images[i : i + CHUNK], part.labels[i : i + CHUNK]) for i in range(0, n, CHUNK)]
     loss, correct = np.sum(jax.device_get([sums for *sums, _ in scores]), axis=0, dtype=np.float64) / n
@@ -126,11 +134,11 @@ def evaluate(model: nnx.Module, part: Part) -> tuple[float, float, dict[str, flo
 
 
 def train(model: nnx.Module, data: Digits, args: argparse.Namespace) -> Run:
-    """Trains the model, until the epochs are over, patience is or Ctrl-C comes.
+    """Trains the model until all epochs are done, --patience stops it, or Ctrl-C is pressed.
 
     Raises:
         FloatingPointError: the loss is not finite.
-        KeyboardInterrupt: Ctrl-C came before the end of the first epoch.
+        KeyboardInterrupt: Ctrl-C was pressed before the end of the first epoch.
     """
     count = len(data.train.labels)
     steps = count // args.batch_size
@@ -151,7 +159,7 @@ def train(model: nnx.Module, data: Digits, args: argparse.Namespace) -> Run:
                 rate = float(schedule((number - 1) * steps))
                 validation_loss, accuracy, units = evaluate(model, data.validation)
                 epoch = Epoch(number, float(loss), validation_loss, accuracy, rate, float(norm), units)
-                # the first of the epochs with the best accuracy and, among those, the lowest loss
+                # the best accuracy wins; among equal accuracies the lowest loss, and among equal losses the first epoch
                 if best is None or _merit(epoch) > _merit(best):
                     best, parameters = epoch, nnx.to_pure_dict(nnx.state(model, nnx.Param))
                 epochs.append(epoch)
@@ -174,7 +182,7 @@ def train(model: nnx.Module, data: Digits, args: argparse.Namespace) -> Run:
 
 
 def write_metrics(directory: Outputs, run: Run) -> None:
-    """Writes a row an epoch; without times, so that equal seeds give equal files."""
+    """Writes one row per epoch; without times, so that equal seeds give equal files."""
     header = [*Epoch._fields[:-1], *run.best.units]
     directory.table("metrics.csv", header, [(*e[:-1], *e.units.values()) for e in run.epochs])
 
@@ -196,7 +204,7 @@ def write_curves(path: Path, run: Run, title: str) -> None:
 
 
 def write_units(path: Path, run: Run, title: str) -> None:
-    """Plots the dead share and the firing rate of each layer by epoch."""
+    """Plots the share of dead units and the firing rate of each layer by epoch."""
     figure, panels = plots.panels(title, "epoch", ("dead units (%)", "firing rate (%)"))
     numbers = [e.epoch for e in run.epochs]
     colors = (plots.BLUE, plots.ORANGE, plots.GREEN)
@@ -213,7 +221,7 @@ def write_units(path: Path, run: Run, title: str) -> None:
 
 
 def write(directory: Outputs, run: Run, title: str) -> None:
-    """Writes the outputs, in place of a former run's."""
+    """Writes all files; those of an earlier run are replaced."""
     write_metrics(directory, run)
     write_curves(directory.scratch / "curves.png", run, title)
     write_units(directory.scratch / "units.png", run, title)
@@ -271,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         nnx.update(model, run.parameters)
         _, accuracy, _ = evaluate(model, data.test)
     print_summary(args, run, accuracy, time.perf_counter() - start)
-    # what a program reaches that names the same class for every image
+    # the accuracy of naming the same class for every image
     floor = float(np.mean(data.test.labels == np.bincount(data.train.labels).argmax()))
     if accuracy <= floor:
         parser.fail(

@@ -13,7 +13,7 @@ from jaxrelu.initializers import kaiming_normal
 
 
 class Activation(NamedTuple):
-    """An activation: the function that sets the initial scale, and the module for a number of channels."""
+    """An activation: the function, from which the initial scale follows, and the module for a number of channels."""
 
     function: Callable[[Array], Array]
     module: Callable[[int], nnx.Module]
@@ -27,7 +27,7 @@ ACTIVATIONS = {
     "relu6": Activation(jaxrelu.relu6, lambda channels: modules.ReLU6()),
 }
 
-# a little above 0, so that few units start out inactive
+# a little above 0, so that few units are inactive at the start
 BIAS = nnx.initializers.constant(0.01)
 
 
@@ -35,7 +35,7 @@ class MLP(nnx.Module):
     """Two hidden layers, for images of shape (n, height, width, 1).
 
     Attributes:
-        EDGES: in order, the layers before an activation, each with the one that reads it.
+        EDGES: the layers that are followed by an activation, in order, each with the layer that reads it.
     """
 
     EDGES = (("hidden1", "hidden2"), ("hidden2", "output"))
@@ -59,7 +59,7 @@ class CNN(nnx.Module):
     """Two convolutions, pooling between them, and a hidden layer, for images of shape (n, height, width, 1).
 
     Attributes:
-        EDGES: in order, the layers before an activation, each with the one that reads it.
+        EDGES: the layers that are followed by an activation, in order, each with the layer that reads it.
     """
 
     EDGES = (("convolution1", "convolution2"), ("convolution2", "hidden"), ("hidden", "output"))

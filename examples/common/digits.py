@@ -1,4 +1,4 @@
-"""Images with labels in three parts: scikit-learn's 8x8 handwritten digits, or a file in the layout of Keras's mnist.npz."""
+"""Labelled images in three parts: scikit-learn's 8x8 handwritten digits, or a file with the arrays of Keras's mnist.npz."""
 
 import zipfile
 import zlib
@@ -32,7 +32,7 @@ class Digits(NamedTuple):
 
 
 def bundled(split_seed: int) -> Digits:
-    """Returns scikit-learn's 1,797 digits: 360 to test, 180 to validate, the rest to train, each class in proportion."""
+    """Returns scikit-learn's 1,797 digits: 360 to test, 180 to validate, the rest to train; classes have equal shares."""
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16
     rest, test = _split(Part(images, labels.astype(np.int32)), 360, split_seed)
@@ -41,14 +41,14 @@ def bundled(split_seed: int) -> Digits:
 
 
 def from_file(path: Path, split_seed: int) -> Digits:
-    """Returns the images of an .npz file; a tenth of its training images, each class in proportion, validates.
+    """Returns the images of an .npz file; a tenth of its training images of each class is set apart to validate.
 
     Args:
         path: a file with the uint8 images x_train and x_test, (n, height, width), and their labels y_train and y_test.
-        split_seed: seed of the draw of the validation images.
+        split_seed: seed for the choice of the validation images.
 
     Raises:
-        ValueError: the file is missing, is no .npz file, or holds something else; says what was wanted and found.
+        ValueError: the file is missing, is no .npz file, or does not hold such arrays; says what was wanted and found.
     """
     x_train, y_train, x_test, y_test = _read(path)
     for name, images, labels in (("train", x_train, y_train), ("test", x_test, y_test)):
@@ -58,7 +58,7 @@ def from_file(path: Path, split_seed: int) -> Digits:
             )
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
             raise ValueError(
-                f"y_{name} must be {len(images)} integer labels, one an image, got {labels.dtype} of shape {labels.shape}"
+                f"y_{name} must be {len(images)} integer labels, one per image, got {labels.dtype} of shape {labels.shape}"
             )
         if labels.min() < 0:
             raise ValueError(f"y_{name} must be labels of at least 0, got {labels.min()}")
@@ -71,7 +71,7 @@ def from_file(path: Path, split_seed: int) -> Digits:
         raise ValueError(f"y_train must hold every label, and two or more, got {found}")
 
     def part(images: np.ndarray, labels: np.ndarray) -> Part:
-        # labels may skip numbers; the network's classes do not
+        # labels may skip numbers; classes are counted without gaps
         return Part(images[..., None].astype(np.float32) / 255, np.searchsorted(classes, labels).astype(np.int32))
 
     try:
@@ -82,7 +82,7 @@ def from_file(path: Path, split_seed: int) -> Digits:
 
 
 def random_shift(key: Array, images: Array) -> Array:
-    """Returns the images, each moved by -1, 0 or 1 pixel down and across at random; what moves in is 0."""
+    """Returns the images, each moved at random by -1, 0 or 1 pixel down and across; pixels that move in are 0."""
     n, height, width, channels = images.shape
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     corners = jax.random.randint(key, (n, 2), 0, 3)

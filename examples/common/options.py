@@ -1,4 +1,4 @@
-"""The command line of the examples: one-line errors, and number types that refuse what training cannot use."""
+"""The command line of the examples: errors in one line, and types that refuse values with which training cannot work."""
 
 import argparse
 import math
@@ -23,17 +23,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def demonstration(prog: str, description: str) -> Parser:
-    """Returns the parser that the examples without options of their own share: --quick, --out and --seed."""
+    """Returns a parser of --quick, --out and --seed, for the scripts without options of their own."""
     parser = Parser(prog, description)
-    parser.add_argument("--quick", action="store_true", help="a run of a few seconds, as a trial")
+    parser.add_argument("--quick", action="store_true", help="a short trial, of seconds")
     out = Path("runs") / Path(prog).stem
     parser.add_argument("--out", type=path, default=out, help="directory to write")
-    parser.add_argument("--seed", type=seed, default=0, help="seed of every draw")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of everything random")
     return parser
 
 
 def positive_int(text: str) -> int:
-    """Returns a whole number from 1 to a million; beyond it the count of steps would not fit 32 bits."""
+    """Returns a whole number from 1 to a million; with larger ones the number of steps might not fit 32 bits."""
     return _whole(text, 1, 10**6)
 
 
@@ -43,12 +43,12 @@ def natural(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """Returns a seed that JAX, NumPy and scikit-learn all take."""
+    """Returns a seed that JAX, NumPy and scikit-learn accept."""
     return _whole(text, 0, 2**32 - 1)
 
 
 def seeds(first: int, n: int) -> list[int]:
-    """Returns n seeds from the first on; past the largest that `seed` takes they go on from 0."""
+    """Returns n successive seeds; after the largest that `seed` accepts comes 0."""
     return [(first + i) % 2**32 for i in range(n)]
 
 
@@ -69,7 +69,7 @@ def nonnegative_float(text: str) -> float:
 
 
 def path(text: str) -> Path:
-    """Returns a path; an empty one, as an unset shell variable gives, would mean the current directory."""
+    """Returns a path. An empty one is refused: an unset shell variable gives it, and it would mean the current directory."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"must be a path, got {text!r}")
     return Path(text)

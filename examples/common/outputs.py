@@ -1,4 +1,4 @@
-"""The output directory of the examples: a run's files appear whole, at its end, and Ctrl-C leaves nothing half-written."""
+"""The directory that an example writes: its files appear at the end of the run, and Ctrl-C leaves none half-written."""
 
 import contextlib
 import csv
@@ -14,12 +14,12 @@ from common import options
 
 
 class Outputs:
-    """A directory to write, and a scratch folder inside it, gone after the run, where files stay until they are whole.
+    """A directory to write, and a scratch folder inside it where files stay until complete; it is removed in the end.
 
     Attributes:
         out: the directory.
         scratch: the folder; on the same disk, so that a file moves to `out` in one step.
-        kept: what the directory holds so far, said on Ctrl-C.
+        kept: a sentence on what was written so far, for Ctrl-C.
     """
 
     def __init__(self, out: Path, scratch: Path) -> None:
@@ -28,16 +28,16 @@ class Outputs:
         self.kept = f"nothing was written to {out}"
 
     def table(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """Writes a CSV file to scratch, with six digits of a float."""
+        """Writes a CSV file to scratch; floats have six digits."""
         with (self.scratch / name).open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(header)
             writer.writerows([f"{v:.6g}" if isinstance(v, float | np.floating) else v for v in row] for row in rows)
 
     def publish(self, *names: str) -> None:
-        """Moves files or folders from scratch to the directory, in place of a former run's."""
+        """Moves files or folders from scratch to the directory; those of an earlier run are replaced."""
         for name in names:
-            if (self.out / name).is_dir():  # a directory with files cannot be replaced, only moved away
+            if (self.out / name).is_dir():  # a folder with files cannot be replaced, but it can be moved away
                 (self.out / name).rename(self.scratch / f"former {name}")
             (self.scratch / name).replace(self.out / name)
         self.kept = f"{self.out} holds {', '.join(names)}"
@@ -45,9 +45,9 @@ class Outputs:
 
 @contextlib.contextmanager
 def directory(parser: options.Parser, out: Path) -> Iterator[Outputs]:
-    """Makes the directory and yields it; Ctrl-C inside prints what was kept, in one line, and exits with code 130.
+    """Makes the directory and yields it. Ctrl-C inside exits with code 130 and one line that says what was written.
 
-    A directory that cannot be written is an error of the argument --out.
+    If the directory cannot be written, that is an error of the argument --out.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)

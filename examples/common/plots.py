@@ -11,7 +11,7 @@ BLUE, ORANGE, GREEN, GREY, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#6666
 def panels(
     title: str, xlabel: str, ylabels: Sequence[str], height: float = 2.2, sharex: bool = True
 ) -> tuple[Figure, list[Axes]]:
-    """Returns a figure and its panels, of a height in hundreds of pixels, one under the other; the x axis is the last's."""
+    """Returns a figure and its panels, one below the other; the height is that of a panel, in hundreds of pixels."""
     figure = Figure(figsize=(8, 0.8 + height * len(ylabels)), dpi=100, layout="constrained")
     figure.suptitle(title)
     axes = list(figure.subplots(len(ylabels), sharex=sharex, squeeze=False)[:, 0])
@@ -24,7 +24,7 @@ def panels(
 
 
 def columns(title: str, names: Sequence[str], xlabels: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """Returns a figure and its panels, side by side, with a row a name from the top down."""
+    """Returns a figure and its panels, side by side, with one row per name from the top down."""
     figure = Figure(figsize=(8, 1.6 + 0.28 * len(names)), dpi=100, layout="constrained")
     figure.suptitle(title)
     axes = list(figure.subplots(1, len(xlabels), sharey=True, squeeze=False)[0])

@@ -1,4 +1,4 @@
-"""What the examples share of training: the order of the images, and a step of a classifier on a batch of them."""
+"""The order of the training images, and one training step of a classifier."""
 
 import functools
 
@@ -13,15 +13,15 @@ from jaxrelu.diagnostics import UnitStats, observe
 
 
 def batches(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
-    """Returns the indices of an epoch's batches, (count // size, size), in random order.
+    """Returns the indices of one epoch's batches, in random order, of shape (count // size, size).
 
-    Every batch is full, so that a step is compiled once; the examples left over are others each time.
+    Every batch is full, so that the step is compiled once. The few examples left over differ from epoch to epoch.
     """
     return rng.permutation(count)[: count // size * size].reshape(-1, size)
 
 
 def observed(model: nnx.Module, images: Array) -> tuple[Array, dict[str, UnitStats]]:
-    """Returns the logits, and the statistics of each layer that has an activation, by the layer's name."""
+    """Returns the logits, and the statistics of each layer with an activation, under the layer's name."""
     logits, stats = observe(model)(images)
     return logits, {producer: found for (producer, _), found in zip(model.EDGES, stats.values(), strict=True)}
 
@@ -30,7 +30,7 @@ def observed(model: nnx.Module, images: Array) -> tuple[Array, dict[str, UnitSta
 def train_step(
     model: nnx.Module, optimizer: nnx.Optimizer, key: Array, images: Array, labels: Array, recycling: bool = False
 ) -> tuple[Array, Array]:
-    """Updates the model on a batch, shifted at random; returns the loss and the norm of its gradient."""
+    """Updates the model on a batch whose images are shifted at random; returns the loss and its gradient's norm."""
     images = digits.random_shift(jax.random.fold_in(key, optimizer.step[...]), images)
 
     def loss(model: nnx.Module) -> tuple[Array, dict[str, UnitStats]]:
