@@ -61,6 +61,15 @@ def test_elu_has_its_own_polynomial_on_the_cpu_alone(platform):
     assert np.array_equal(ours, theirs) == (platform != "cpu")
 
 
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_prelu_has_a_barrier_but_on_a_tpu(platform):
+    def gradient(x):
+        return jax.vjp(jaxrelu.prelu, x, jnp.float32(0.25))[1](x)
+
+    exported = export.export(jax.jit(gradient), platforms=[platform])(X)
+    assert ("optimization_barrier" in exported.mlir_module()) == (platform != "tpu")
+
+
 @each_case
 def test_a_program_that_nobody_observes_has_no_marks(case):
     def gradient(x):
