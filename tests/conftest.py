@@ -45,6 +45,14 @@ def programs_are_let_go() -> Iterator[None]:
     jax.clear_caches()
 
 
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """Lets XLA optimise little, for tests of what is done rather than of how it is rounded."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.path.stem in PROMOTING:

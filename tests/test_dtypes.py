@@ -10,6 +10,9 @@ import pytest
 import jaxrelu
 from cases import CASES, Case, agreed, assert_ulps, each_case, each_dtype, each_parameter, value_and_derivatives
 
+# of tests that ask what is done, not how it is rounded
+quick = pytest.mark.usefixtures("quick_compilation")
+
 
 @functools.cache
 def at_every_8_bits(dtype):
@@ -31,6 +34,7 @@ def test_8_bit_floats(case: Case, dtype):
     assert_ulps(slope[finite], case.slope(exact), case.slope_ulps)
 
 
+@quick
 @each_case
 @each_dtype
 def test_result_has_the_dtype_of_x(case: Case, dtype):
@@ -51,6 +55,7 @@ def test_result_has_the_dtype_of_x_whatever_that_of_the_parameter(case: Case, dt
             assert jax.eval_shape(jax.jit(case.public), x, np.ones((), other)).dtype == dtype
 
 
+@quick
 @each_parameter
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64], ids=["bfloat16", "float64"])
 def test_an_eager_call_has_the_dtype_of_x_too(case: Case, dtype):
@@ -58,6 +63,7 @@ def test_an_eager_call_has_the_dtype_of_x_too(case: Case, dtype):
         assert case.public(np.ones((2, 3), dtype), np.ones(3, np.float32)).dtype == dtype
 
 
+@quick
 @each_case
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint32, jnp.int4])
@@ -72,6 +78,7 @@ def test_integers(case: Case, dtype, x64):
         np.testing.assert_allclose(y.tolist()[0], case.value(np.array([x[0]], float))[0])
 
 
+@quick
 @each_case
 def test_python_numbers_are_weakly_typed(case: Case):
     for x in (2.5, 2, -1.5):
@@ -89,6 +96,7 @@ def test_empty_arrays(case: Case):
     assert case.function(jnp.zeros((0, 3))).shape == (0, 3)
 
 
+@quick
 @each_case
 def test_integer_tangents(case: Case):
     x = jnp.array([-2, 0, 3])
@@ -137,9 +145,7 @@ def test_parameter_too_large_for_a_float_is_refused(case: Case):
     # one that has no default is an array to JAX, which refuses it by itself
     refusals = (ValueError, OverflowError) if case.parameter in case.arguments else ValueError
     message = f"{case.name}: {case.parameter} must be less than 2\\^1024|An overflow was encountered"
-    with pytest.raises(
-        refusal, match=f"{case.name}: {case.parameter} must be less than 2\\^1024|An overflow was encountered"
-    ):
+    with pytest.raises(refusals, match=message):
         case.public(1.0, **{case.parameter: 10**400})
 
 

@@ -15,6 +15,9 @@ import jaxrelu.linen
 import jaxrelu.nnx
 from cases import Case, each_case
 
+# of tests that ask what is done, not how it is rounded
+quick = pytest.mark.usefixtures("quick_compilation")
+
 X = np.float32(np.random.default_rng(0).normal(size=(2, 3, 4, 5)) * 4)
 
 
@@ -22,17 +25,29 @@ def linen_output(module, x=X):
     return module.apply(module.init(jax.random.key(0), x), x)
 
 
+@quick
 @each_case
-@pytest.mark.parametrize("kink", [0.0, 0.5])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_linen_is_nnx_is_the_function(case: Case, kink, dtype):
-    x = jnp.asarray(np.append(X, [0.0, -0.0, 6.0, np.nan]), dtype)
-    function = functools.partial(case.function, kink=kink)
-    linen, modern = getattr(jaxrelu.linen, case.module)(kink=kink), getattr(jaxrelu.nnx, case.module)(kink=kink)
-    variables = linen.init(jax.random.key(0), x)
-    chex.assert_trees_all_equal(linen.apply(variables, x), modern(x), function(x))
-    gradients = [jax.vjp(f, x)[1](jnp.ones_like(x))[0] for f in (lambda x: linen.apply(variables, x), modern, function)]
-    chex.assert_trees_all_equal(*gradients)
+def test_linen_is_nnx_is_the_function(case: Case):
+    def outputs_and_gradients(x, kink):
+        function = functools.partial(case.function, kink=kink)
+        linen, modern = getattr(jaxrelu.linen, case.module)(kink=kink), getattr(jaxrelu.nnx, case.module)(kink=kink)
+        variables = linen.init(jax.random.key(0), x)
+        for f in (lambda x: linen.apply(variables, x), modern, function):
+            y, pull = jax.vjp(f, x)
+            yield y, pull(jnp.ones_like(y))[0]
+
+    x = np.append(X, np.float32([0.0, -0.0, 6.0, np.nan]))
+    xs = [x, x.astype(jnp.bfloat16)]
+    run = jax.jit(lambda xs: [tuple(outputs_and_gradients(x, kink)) for x in xs for kink in (0.0, 0.5)])
+    for linen, modern, function in run(xs):
+        chex.assert_trees_all_equal(linen, modern, function)
+
+
+@quick
+@each_case
+def test_modules_are_the_function_outside_jit(case: Case):
+    linen, modern = getattr(jaxrelu.linen, case.module)(), getattr(jaxrelu.nnx, case.module)()
+    chex.assert_trees_all_equal(linen_output(linen), modern(X), case.function(X))
 
 
 @pytest.mark.parametrize("package", [jaxrelu.linen, jaxrelu.nnx])
@@ -46,22 +61,40 @@ def test_options_reach_the_functions(package):
 
 def both_prelus(x, **options):
     """Returns (outputs, the slope's array, the gradient of the summed output in it) of linen's and nnx's PReLU."""
-    linen = jaxrelu.linen.PReLU(**options)
-    variables = linen.init(jax.random.key(0), x)
-    gradient = jax.grad(lambda v: linen.apply(v, x).astype(jnp.float32).sum())(variables)
-    yield linen.apply(variables, x), variables["params"]["negative_slope"], gradient["params"]["negative_slope"]
-    modern = jaxrelu.nnx.PReLU(**options)
-    gradient = nnx.grad(lambda m: m(x).astype(jnp.float32).sum())(modern)
-    yield modern(x), modern.negative_slope[...], gradient.negative_slope[...]
+    linen, modern = jaxrelu.linen.PReLU(**options), jaxrelu.nnx.PReLU(**options)
+    variables = jax.jit(linen.init)(jax.random.key(0), x)
+    graph, state = nnx.split(modern)
+
+    @jax.jit
+    def run(variables, state, x):
+        def of_linen(variables):
+            y = linen.apply(variables, x)
+            return y.astype(jnp.float32).sum(), y
+
+        def of_nnx(state):
+            y = nnx.merge(graph, state)(x)
+            return y.astype(jnp.float32).sum(), y
+
+        return jax.grad(of_linen, has_aux=True)(variables), jax.grad(of_nnx, has_aux=True)(state)
+
+    (gradient, y), (modern_gradient, modern_y) = run(variables, state, x)
+    yield y, variables["params"]["negative_slope"], gradient["params"]["negative_slope"]
+    yield modern_y, modern.negative_slope[...], modern_gradient["negative_slope"][...]
 
 
+def test_nnx_grad_of_prelu():
+    gradient = nnx.grad(lambda m: m(X).sum())(jaxrelu.nnx.PReLU())
+    np.testing.assert_allclose(gradient.negative_slope[...], np.minimum(X, 0).sum(), rtol=1e-5)
+
+
+@quick
 @pytest.mark.parametrize("axis", [0, 1, 2, 3, -1, -2])
 def test_prelu_per_channel_on_any_axis(axis):
     channels = X.shape[axis]
     others = tuple(i for i in range(4) if i != axis % 4)
     for y, slope, gradient in both_prelus(X, num_parameters=channels, axis=axis):
-        chex.assert_trees_all_equal(slope, jnp.full((channels,), 0.25))
-        chex.assert_trees_all_equal(y, jaxrelu.prelu(X, slope, axis=axis))
+        assert slope.tolist() == [0.25] * channels
+        np.testing.assert_array_equal(y, np.where(X > 0, X, np.float32(0.25) * X))
         np.testing.assert_allclose(gradient, np.minimum(X, 0).sum(others), rtol=1e-5)
 
 
@@ -74,6 +107,7 @@ def test_prelu_defaults_to_one_scalar_of_a_quarter():
         assert y == -0.5
 
 
+@quick
 def test_prelu_dtypes():
     for y, slope, gradient in both_prelus(X, param_dtype=jnp.bfloat16):
         assert (y.dtype, slope.dtype, gradient.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
@@ -83,6 +117,7 @@ def test_prelu_dtypes():
         assert y.dtype == jnp.bfloat16
 
 
+@quick
 def test_prelu_initializers():
     uniform = jax.nn.initializers.uniform(0.5)
     linen = jaxrelu.linen.PReLU(5, negative_slope_init=uniform).init(jax.random.key(0), X)["params"]["negative_slope"]
@@ -154,6 +189,7 @@ def test_modules_pickle_and_compare(case: Case):
     chex.assert_trees_all_equal(pickle.loads(pickle.dumps(modern))(X), copy.deepcopy(modern)(X), modern(X))
 
 
+@quick
 @each_case
 def test_equal_nnx_models_share_one_trace(case: Case):
     traces = []
@@ -164,8 +200,8 @@ def test_equal_nnx_models_share_one_trace(case: Case):
         return model(x)
 
     def model(seed):
-        options = {"num_parameters": 5} if case.name == "prelu" else {}
-        return nnx.Sequential(nnx.Linear(5, 5, rngs=nnx.Rngs(seed)), getattr(jaxrelu.nnx, case.module)(**options))
+        activation = getattr(jaxrelu.nnx, case.module)(**case.module_options)
+        return nnx.Sequential(nnx.Linear(5, 5, rngs=nnx.Rngs(seed)), activation)
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Flax adds a bias
         for seed in range(3):

@@ -9,6 +9,9 @@ import pytest
 from cases import Case, each_case
 from jaxrelu import inplace
 
+# of tests that ask what is done, not how it is rounded
+quick = pytest.mark.usefixtures("quick_compilation")
+
 X = np.linspace(-8, 8, 1001, dtype=np.float32)
 
 
@@ -26,6 +29,7 @@ def test_output_takes_over_the_buffer(case: Case, dtype):
         x + 1
 
 
+@quick
 @each_case
 def test_a_later_use_after_an_eager_grad_raises(case: Case):
     function = getattr(inplace, case.name)
@@ -45,6 +49,7 @@ def test_inside_jit_it_is_the_plain_function(case: Case):
     assert not x.is_deleted()
 
 
+@quick
 @each_case
 def test_arguments_are_those_of_the_functions(case: Case):
     x = np.float32(np.random.default_rng(0).normal(size=(3, 5)))

@@ -17,7 +17,11 @@ import jaxrelu
 import jaxrelu.linen
 import jaxrelu.nnx
 from cases import Case, each_case
+from dying import assert_stats, reference
 from jaxrelu.diagnostics import check_init, observe, unit_stats
+
+# of tests that ask what is done, not how it is rounded
+quick = pytest.mark.usefixtures("quick_compilation")
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(7, 3)), jnp.float32)
@@ -60,16 +64,6 @@ def assert_saw(f, *args, names):
     return stats
 
 
-def assert_seen(stats, z):
-    """Asserts that the statistics are those of relu at the rows of z."""
-    expected = unit_stats(jnp.asarray(z))
-    assert stats.count == len(z)
-    for name in ("fired", "min", "max", "dead"):
-        np.testing.assert_array_equal(getattr(stats, name), getattr(expected, name))
-    for name in ("mean", "variance", "dormancy", "zero_gradient"):
-        np.testing.assert_allclose(getattr(stats, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
-
-
 @each_case
 def test_every_activation_is_seen(case: Case):
     z = np.asarray(X * 4)
@@ -108,7 +102,7 @@ class Model(nn.Module):
 
 def test_linen():
     model = Model()
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     names = ["Model/relu", "Model/hidden1/elu", "Model/blocks/relu", "Model/last/relu"]
     stats = assert_saw(model.apply, variables, X, names=names)
     assert stats["Model/blocks/relu"].fired.shape == (2, 3)
@@ -167,6 +161,7 @@ def test_nnx_transformations_leave_a_model_as_it_is():
         np.testing.assert_allclose(out, f(model, X), rtol=1e-6)
 
 
+@quick
 def test_check_init_of_an_nnx_model():
     dead = NnxBlock(nnx.Rngs(0))
     dead.linear.bias[...] -= 99.0
@@ -177,6 +172,7 @@ def test_check_init_of_an_nnx_model():
         check_init(lambda model, x: model(x), dead, X)
 
 
+@quick
 def test_a_model_that_changes_its_state_is_refused_and_goes_through_split():
     model = nnx_model()
     with pytest.raises(ValueError, match=r"observe: .* replaced an array in one of its arguments.*nnx.split"):
@@ -215,7 +211,7 @@ def test_remat_cond_and_jit():
         return lax.cond(x.sum() > 1e9, jaxrelu.elu, lambda x: jaxrelu.leaky_relu(x @ W, jnp.float32(0.1)), x)
 
     stats = assert_saw(f, X, names=["relu", "relu6", "leaky_relu", "elu"])
-    assert_seen(stats["relu"], X @ W)
+    assert_stats(stats["relu"], X @ W)
     # the branch not taken
     assert stats["leaky_relu"].count == 7
     assert stats["elu"].count == 0
@@ -223,15 +219,16 @@ def test_remat_cond_and_jit():
     assert not stats["elu"].dead.any()
 
 
+@quick
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_mapped_axes_are_examples(axis):
-    z = jnp.asarray(RNG.normal(size=(7, 5, 3)), jnp.float32)  # examples, positions, units
+    z = RNG.normal(size=(7, 5, 3)).astype(np.float32)  # examples, positions, units
     f = jax.vmap(lambda z: jaxrelu.relu(z), in_axes=axis, out_axes=axis)
-    (stats,) = observe(f)(jnp.moveaxis(z, 0, axis))[1].values()
-    assert_seen(stats, z.reshape(35, 3))
+    (stats,) = observe(f)(np.moveaxis(z, 0, axis))[1].values()
+    assert_stats(stats, z.reshape(35, 3))
     twice = jax.vmap(f, in_axes=3)
-    (stats,) = observe(twice)(jnp.moveaxis(z, 0, axis)[..., None] * jnp.ones(2))[1].values()
-    assert_seen(stats, jnp.concatenate([z.reshape(35, 3)] * 2))
+    (stats,) = observe(twice)(np.moveaxis(z, 0, axis)[..., None] * np.ones(2, np.float32))[1].values()
+    assert_stats(stats, np.concatenate([z.reshape(35, 3)] * 2))
 
 
 def test_slopes_may_be_mapped_along_another_axis():
@@ -246,8 +243,8 @@ def test_slopes_may_be_mapped_along_another_axis():
 
 
 def test_convolution_and_its_vmap():
-    images = jnp.asarray(RNG.normal(size=(5, 6, 7, 2)), jnp.float32)
-    kernel = jnp.asarray(RNG.normal(size=(3, 3, 2, 4)), jnp.float32)
+    images = RNG.normal(size=(5, 6, 7, 2)).astype(np.float32)
+    kernel = RNG.normal(size=(3, 3, 2, 4)).astype(np.float32)
 
     def network(images, kernel):
         numbers = ("NHWC", "HWIO", "NHWC")
@@ -257,7 +254,7 @@ def test_convolution_and_its_vmap():
     assert stats.count == 5 * 6 * 7
     for axis in (0, 3):
         one = jax.vmap(lambda image: network(image[None], kernel), in_axes=axis)
-        (mapped,) = observe(one)(jnp.moveaxis(images, 0, axis))[1].values()
+        (mapped,) = observe(one)(np.moveaxis(images, 0, axis))[1].values()
         np.testing.assert_array_equal(mapped.fired, stats.fired)
         assert mapped.count == stats.count
         np.testing.assert_allclose(mapped.variance, stats.variance, rtol=1e-5)
@@ -266,35 +263,42 @@ def test_convolution_and_its_vmap():
 @pytest.mark.parametrize("check", [True, False])
 def test_devices_are_examples(check):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
-    z = jnp.asarray(RNG.normal(np.repeat([1, -1, 1, -1], 2)[:, None], size=(8, 3)), jnp.float32)
+    z = RNG.normal(np.repeat([1, -1, 1, -1], 2)[:, None], size=(8, 3)).astype(np.float32)
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check)
     def f(z):
         return lax.cond(z.sum() > 0, jaxrelu.relu, lambda z: z, jaxrelu.relu(z) - 1)
 
     stats = assert_saw(f, z, names=["relu", "relu_1"])
-    assert_seen(stats["relu"], z)
+    assert_stats(stats["relu"], z)
     taken = sum(shard.sum() > 0 for shard in np.asarray(z).reshape(4, 2, 3))
     assert 0 < taken < 4
     assert stats["relu_1"].count == 2 * taken
 
 
+@quick
 @pytest.mark.parametrize("spec", [P("data"), P(None, "data")], ids=["examples", "units"])
 def test_explicit_sharding(spec):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
     z = RNG.normal(size=(300, 12)).astype(np.float32)
     sharded = jax.device_put(z, jax.sharding.NamedSharding(mesh, spec))
-    assert_seen(jax.jit(observe(jaxrelu.relu))(sharded)[1]["relu"], z)
+    stats = jax.jit(observe(jaxrelu.relu))(sharded)[1]["relu"]
+    assert_stats(stats, z)
+    # read where the devices hold it
+    np.testing.assert_array_equal(stats.dead, ~(z > 0).any(0))
+    np.testing.assert_allclose(stats.dormancy, reference(z)["dormancy"], rtol=1e-5)
     with jax.set_mesh(mesh):
         assert unit_stats(sharded, where=jax.device_put(z[:, 0] > 0)).count == (z[:, 0] > 0).sum()
 
 
+@quick
 def test_devices_that_do_the_same_work_count_once():
     mesh = jax.make_mesh((2, 3), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:6])
     f = jax.shard_map(jaxrelu.relu, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     assert observe(f)(jnp.ones((4, 3)))[1]["relu"].count == 4
 
 
+@quick
 @pytest.mark.parametrize(
     ("name", "f"),
     [
@@ -338,6 +342,7 @@ def test_only_arrays_are_traced():
         watched(X, "train", 1.0, 3, None, scale=2.0, options={"depth": [2, None]})
 
 
+@quick
 def test_one_trace_for_repeated_calls():
     calls = []
 
@@ -356,6 +361,7 @@ def dense(w, x):
     return jaxrelu.relu(x @ w)
 
 
+@quick
 @pytest.mark.parametrize("enter", [lambda f: f, jax.jit, jax.checkpoint])
 def test_arrays_closed_over_are_let_go(enter):
     for i in range(3):
@@ -364,6 +370,7 @@ def test_arrays_closed_over_are_let_go(enter):
     assert not [x.shape for x in jax.live_arrays() if 54321 in x.shape]
 
 
+@quick
 def test_no_tracer_is_kept():
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
@@ -373,7 +380,7 @@ def test_no_tracer_is_kept():
 
     with jax.checking_leaks():
         (_, stats), _ = step(W, X)
-    assert_seen(stats["relu"], X @ W)
+    assert_stats(stats["relu"], X @ W)
 
 
 def test_nested():
@@ -388,6 +395,7 @@ def test_nested():
     assert not observe(lambda x: unit_stats(x).mean)(X)[1]
 
 
+@quick
 def test_rank_0_and_1_integers_and_no_examples():
     assert observe(jaxrelu.relu)(jnp.float32(3))[1]["relu"].fired.tolist() == [1]
     assert observe(jaxrelu.relu)(X[0])[1]["relu"].count == 1
@@ -395,6 +403,7 @@ def test_rank_0_and_1_integers_and_no_examples():
     assert observe(jaxrelu.relu)(X[:0])[1]["relu"].count == 0
 
 
+@quick
 def test_scalars_under_vmap_are_one_unit_with_a_warning():
     with pytest.warns(UserWarning, match="observe: relu was given scalars under vmap, so all its units count as one; apply"):
         stats = observe(jax.vmap(jaxrelu.relu))(X[:, 0])[1]["relu"]

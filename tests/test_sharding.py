@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxrelu
-from cases import each_case
+from cases import CASES
 
 COLLECTIVE = re.compile(r"\b(all-\w+|reduce-scatter|collective-\w+)")
 # 8 devices: of 24 x 5, three rows to each, whose 15 elements are no multiple of 8; of 5 x 24, three columns
@@ -23,50 +23,54 @@ LAYOUTS = {
 }
 
 
-def value_and_gradient(f):
-    def both(x, g):
-        y, pull = jax.vjp(f, x)
+@jax.jit
+def values_and_gradients(x, g):
+    """Returns value and gradient of each activation."""
+
+    def both(function):
+        y, pull = jax.vjp(function, x)
         return y, pull(g)[0]
 
-    return both
+    return {case.name: both(case.function) for case in CASES}
 
 
 def operands(shape):
     x = np.random.default_rng(0).normal(0, 4, shape).astype(np.float32)
     x.ravel()[:3] = 0.0, -0.0, 6.0
-    return jnp.asarray(x), jnp.asarray(np.linspace(-2, 3, x.size, dtype=np.float32).reshape(shape))
+    return x, np.linspace(-2, 3, x.size, dtype=np.float32).reshape(shape)
+
+
+@functools.cache
+def on_one_device(shape):
+    return jax.device_get(values_and_gradients(*operands(shape)))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@each_case
-def test_takes_any_sharding_without_a_collective(case, layout, kind):
+def test_takes_any_sharding_without_a_collective(layout, kind):
     shape, spec = LAYOUTS[layout]
-    mesh = jax.make_mesh((8,), ("i",), axis_types=(kind,))
-    sharding = NamedSharding(mesh, spec)
-    x, g = operands(shape)
-    function = jax.jit(value_and_gradient(case.function))
-    compiled = function.lower(*jax.device_put((x, g), sharding)).compile()
+    sharding = NamedSharding(jax.make_mesh((8,), ("i",), axis_types=(kind,)), spec)
+    arguments = jax.device_put(operands(shape), sharding)
+    compiled = values_and_gradients.lower(*arguments).compile()
     assert COLLECTIVE.findall(compiled.as_text()) == []
-    results = compiled(*jax.device_put((x, g), sharding))
-    for result, wanted in zip(results, function(x, g), strict=True):
-        assert result.sharding.is_equivalent_to(sharding, x.ndim)
-        np.testing.assert_array_equal(result, wanted)
+    for name, results in compiled(*arguments).items():
+        for result, wanted in zip(results, on_one_device(shape)[name], strict=True):
+            assert result.sharding.is_equivalent_to(sharding, len(shape)), name
+            np.testing.assert_array_equal(result, wanted, err_msg=name)
 
 
-@each_case
-def test_uneven_shards(case):
+def test_uneven_shards():
     # 13 rows over 8 devices: allowed inside jit, under automatic sharding
     mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
-    x, g = operands((13, 5))
-    function = value_and_gradient(case.function)
+    arguments = operands((13, 5))
 
     @jax.jit
-    def sharded(x, g):
-        x, g = jax.lax.with_sharding_constraint((x, g), NamedSharding(mesh, PartitionSpec("i", None)))
-        return function(x, g)
+    def sharded(*arguments):
+        return values_and_gradients(
+            *jax.lax.with_sharding_constraint(arguments, NamedSharding(mesh, PartitionSpec("i", None)))
+        )
 
-    jax.tree.map(np.testing.assert_array_equal, sharded(x, g), jax.jit(function)(x, g))
+    jax.tree.map(np.testing.assert_array_equal, sharded(*arguments), on_one_device((13, 5)))
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -83,5 +87,5 @@ def test_prelu_of_a_sharded_axis(axis_type):
 
 def test_the_check_can_fail():
     sharding = NamedSharding(jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,)), PartitionSpec("i"))
-    x = jax.device_put(jnp.arange(24.0), sharding)
+    x = jax.device_put(np.arange(24, dtype=np.float32), sharding)
     assert COLLECTIVE.findall(jax.jit(jnp.sum).lower(x).compile().as_text()) != []
