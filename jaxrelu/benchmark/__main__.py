@@ -1,4 +1,4 @@
-"""Runs the command line, once what it imports is known to be there."""
+"""Runs the command line, after a check that the packages it imports are installed."""
 
 import importlib.util
 import sys
@@ -8,6 +8,6 @@ if missing := [name for name in needed if importlib.util.find_spec(name) is None
     print(f"jaxrelu.benchmark: error: {', '.join(missing)} not found; install jaxrelu[benchmark]", file=sys.stderr)
     sys.exit(2)
 
-from jaxrelu.benchmark.cli import main  # noqa: E402, as it imports the above
+from jaxrelu.benchmark.cli import main  # noqa: E402, as this imports the packages above
 
 sys.exit(main())

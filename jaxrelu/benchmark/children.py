@@ -1,4 +1,4 @@
-"""What is measured in a process of its own, as a peak of memory never falls."""
+"""Measurements that each need a fresh process, because the peak memory of a process never falls."""
 
 import json
 import os
@@ -26,10 +26,10 @@ def run(code: str, **environment: str) -> str:
 
     Args:
         code: the program.
-        **environment: what is set there beside the variables of this process.
+        **environment: variables to set in it, besides those of this process.
 
     Raises:
-        RuntimeError: the process failed; with the last line of its errors.
+        RuntimeError: the process failed. The message has the last line of its errors.
     """
     child = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
@@ -40,7 +40,7 @@ def run(code: str, **environment: str) -> str:
 
 
 def resettable() -> bool:
-    """Returns whether this machine forgets the peak resident set of a process, as Linux does."""
+    """Returns whether a process can reset its peak resident set on this machine, as on Linux."""
     return _CLEAR.exists()
 
 
@@ -72,15 +72,15 @@ def grow(activation: str, peer: str, dtype: str, batch: int, width: int, layers:
 def peak_bytes(
     network: str, activation: str, peer: str, dtype: str, batch: int, width: int, layers: int
 ) -> dict[str, int] | None:
-    """Returns what `peak` does in a process of its own.
+    """Runs `peak` in a process of its own and returns its result.
 
-    On a GPU the network must be in JAX's persistent compilation cache already: the memory in which the compiler tries its
-    kernels counts as well, and would hide that of the network.
+    On a GPU the network must already be in JAX's persistent compilation cache: compiling takes memory to try out kernels,
+    which would count too and hide the memory of the network.
     """
     arguments = (network, activation, peer, dtype, batch, width, layers)
     code = f"import json; from jaxrelu.benchmark import children; print(json.dumps(children.peak(*{arguments!r})))"
     platform = jax.default_backend()
-    # what other processes have reserved does not matter if each takes what it needs only
+    # without preallocation each process takes only what it needs, so that several fit on one GPU
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | ({"JAX_PLATFORMS": "cpu"} if platform == "cpu" else {})
     return json.loads(run(code, **environment))
 
@@ -89,8 +89,8 @@ def peak(network: str, activation: str, peer: str, dtype: str, batch: int, width
     """Runs a network once and returns the device's peak memory; on the CPU, the peak resident set (Linux).
 
     Returns:
-        `peak_bytes` is the peak; `temp_bytes` is what is left of it without the results and without all that was there
-        before the run, the arguments among it. None if the peak was reached before the run.
+        `peak_bytes` is the peak. `temp_bytes` is the peak minus the results, and minus all that was there before the run,
+        such as the arguments. None if the peak was reached before the run.
     """
     device = jax.devices()[0]
     built = build(network, _function(activation, peer), batch, width, dtype, layers=layers)
@@ -99,7 +99,7 @@ def peak(network: str, activation: str, peer: str, dtype: str, batch: int, width
     def zeros(shape: Shape) -> Array:
         return jnp.zeros(shape.shape, shape.dtype)
 
-    # the numbers do not matter, and a generator of random ones has a peak of its own
+    # zeros, because the values do not matter and generating random numbers takes memory, which has a peak too
     arguments = jax.block_until_ready(jax.tree.map(zeros, built.arguments))
     on_cpu = device.platform == "cpu"
     if on_cpu:
@@ -120,7 +120,7 @@ def _function(activation: str, peer: str) -> Activation:
 
 
 def _forget_peak() -> None:
-    """Sets the peak resident set of this process to its current size, so that the compilation's is forgotten."""
+    """Sets the peak resident set of this process to its current size, to forget the peak during compilation."""
     _CLEAR.write_text("5")
 
 

@@ -25,10 +25,10 @@ from jaxrelu.benchmark.targets import AHEAD, TPUS, Target, targets_ahead
 __all__ = ["build_parser", "main"]
 
 DTYPES = ("float32", "bfloat16", "float16")
-# package data, as who has the wheel has no checkout
+# package data, because a user who installs the wheel has no copy of the repository
 H200 = Path(__file__).with_name("h200.txtpb")
 SIZES = tuple(2**n for n in (10, 13, 16, 18, 20, 22, 25, 27))
-# what must be set before jax is imported, so that it compiles for hardware that is not there
+# variables that must be set before jax is imported to compile for hardware that is not there
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -83,29 +83,29 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--networks",
         type=_chosen(NETWORKS),
-        help=f"comma-separated, of {', '.join(NETWORKS)}; only the mlp by default for steps and peaks",
+        help=f"comma-separated, of {', '.join(NETWORKS)}; by default the mlp for steps and peaks, all for memory",
     )
     add("--dtype", type=_chosen(DTYPES), default=DTYPES[:1], help=f"comma-separated, of {', '.join(DTYPES)}")
     add("--sizes", type=_sizes, help="elements of the elementwise calls, e.g. 2^10,2^20")
     add(
         "--batch",
         type=_whole,
-        help="batch of the networks: 4096, in a step 2048, ahead of time for TPU 65536, as less stays on the chip",
+        help="batch of the networks; default: 4096, for steps 2048, and for an absent TPU 65536, as less stays on the chip",
     )
     add("--width", type=_whole, default=512, help="width of the networks, a multiple of 64")
     add("--layers", type=_whole, default=8, help="layers of the networks")
     add("--json", type=_path, help="file to which each measurement is appended as a line")
     add("--plot", type=_path, help="PNG file for the picture of memory by network")
-    add("--from", type=_path, nargs="+", dest="sources", help="show the lines of these files and measure nothing")
+    add("--from", type=_path, nargs="+", dest="sources", help="show the measurements in these files, and measure nothing")
     add("--quick", action="store_true", help="each kind of measurement once, in less than a minute")
-    add("--platform", choices=("cpu", "gpu", *AHEAD), help="default: what JAX finds; the absent ones need --compile-only")
-    add("--compile-only", action="store_true", help="memory alone, by the compiler: --what memory")
-    add("--target", type=_path, default=H200, help="target description of the H200; default: the package's own")
+    add("--platform", choices=("cpu", "gpu", *AHEAD), help="default: what JAX finds; an absent one needs --compile-only")
+    add("--compile-only", action="store_true", help="run nothing: the same as --what memory")
+    add("--target", type=_path, default=H200, help="file that describes an H200 to the compiler; default: the package's")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark and returns the exit code: 0, 2 for what cannot be done, 130 after Ctrl-C."""
+    """Runs the benchmark and returns the exit code: 0, 2 if the options cannot be followed, or 130 after Ctrl-C."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     if problem := _problem(options):
@@ -192,7 +192,7 @@ def _show(records: list[Measures], plot: Path | None) -> int:
 
 
 def _measure(options: argparse.Namespace, records: list[Measures]) -> None:
-    """Runs all measurements; each goes into records and the JSON file as soon as it is there."""
+    """Runs all measurements; appends each to records and to the JSON file as soon as it is done."""
     common = {"versions": _versions(options), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     plan = _plan(options)
     with tqdm([*plan.groups()], file=sys.stderr, unit="group", dynamic_ncols=True) as progress:

@@ -1,4 +1,4 @@
-"""Layers of which a network repeats one: dense ones and the transformer's."""
+"""Layers for networks that repeat one layer: dense layers and the transformer's block."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from jaxrelu.benchmark.peers import Activation
 __all__ = ["HEAD", "TOKENS", "Layer", "Shape", "dense", "residual", "slope_shape", "transformer", "vmapped"]
 
 Shape = jax.ShapeDtypeStruct
-# tokens of a sequence, and the width of an attention head
+# the number of tokens in a sequence, and the width of an attention head
 TOKENS, HEAD = 128, 64
 
 
@@ -20,8 +20,8 @@ class Layer(NamedTuple):
     """A layer of a network.
 
     Attributes:
-        apply: of the activation, the layer's parameters and x.
-        parameters: their shapes, a pytree.
+        apply: a function of the activation, the layer's parameters and x.
+        parameters: the shapes of the parameters, a pytree.
     """
 
     apply: Callable[[Activation, Any, Array], Array]
@@ -34,12 +34,12 @@ def slope_shape() -> Shape:
 
 
 def dense(width: int, dtype: Any) -> Layer:
-    """Returns a product, a bias and an activation."""
+    """Returns a layer of matrix product, bias and activation."""
     return Layer(_dense, _dense_parameters(width, dtype))
 
 
 def residual(width: int, dtype: Any) -> Layer:
-    """Returns the activation of the sum of x, a product and a bias."""
+    """Returns a layer that applies the activation to the sum of x, a matrix product and a bias."""
     return Layer(_residual, _dense_parameters(width, dtype))
 
 
@@ -63,7 +63,7 @@ def _dense(activation: Activation, parameters: Any, x: Array) -> Array:
 def _vmapped(activation: Activation, parameters: Any, x: Array) -> Array:
     def one(x: Array) -> Array:
         w, b, slope = parameters
-        return activation(w @ x + b, slope)  # equinox.nn.Linear multiplies from the left, and XLA transposes more
+        return activation(w @ x + b, slope)  # from the left, as equinox.nn.Linear: XLA then transposes more
 
     return jax.vmap(one)(x)
 

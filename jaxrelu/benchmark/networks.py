@@ -23,9 +23,9 @@ class Network(NamedTuple):
     """A function to compile: the gradient of a loss in the parameters, or a whole training step.
 
     Attributes:
-        function: what is compiled.
+        function: the function.
         arguments: the shapes of its arguments.
-        loss: of parameters and input, for those networks that are trained outside a framework.
+        loss: a function of parameters and input; None for a training step in Flax.
     """
 
     function: Callable[..., Any]
@@ -40,14 +40,15 @@ def build(
 
     Args:
         name: one of NETWORKS.
-        activation: of x and a slope.
-        batch: of the dense networks.
-        width: of the dense networks. The convolutional ones take as many images as give an activation of the first stage
-            batch x width elements; resnet18, mobilenet and unet take one at least.
-        dtype: of parameters and activations.
-        layers: how many; the transformer has a quarter. resnet18 has as many basic blocks, 8 at most; mobilenet as many
-            inverted residuals, 17 at most; unet halves the resolution once for each four, at least once and at most 4 times.
-        expert: whether each layer stands under `jax.checkpoint(dots_saveable)`, the known remedy.
+        activation: a function of x and a slope.
+        batch: the batch of the dense networks.
+        width: the width of the dense networks. The convolutional ones take so many images that an activation of the first
+            stage has batch x width elements; resnet18, mobilenet and unet take at least one image.
+        dtype: the dtype of parameters and activations.
+        layers: the number of layers. The transformer has a quarter as many blocks; resnet18 has as many basic blocks, at
+            most 8; mobilenet has as many inverted residuals, at most 17; unet halves the resolution once for every four
+            layers, at least once and at most 4 times.
+        expert: whether each layer is under `jax.checkpoint(dots_saveable)`, as an expert would save memory.
     """
     if name in STEPS:
         return STEPS[name](activation, batch, width, dtype, layers)
@@ -57,7 +58,7 @@ def build(
         x, network = _DENSE[name](batch, width, dtype, layers)
     wrap = _remat if expert else _WRAPS.get(name, _as_it_is)
 
-    # remembered, so that a layer which is jitted by itself is traced once for the whole network
+    # cached, so that a layer that is jitted by itself is traced only once for the whole network
     @functools.cache
     def wrapped(apply: Callable[..., Array]) -> Callable[[Any, Array], Array]:
         return wrap(functools.partial(apply, activation))
@@ -84,7 +85,7 @@ def _mean_square(y: Array) -> Array:
 
 
 def _repeated(layer: Callable[[int, Any], Layer]) -> Callable[..., tuple[Shape, list[Layer]]]:
-    """Returns the network that repeats a layer which keeps the width."""
+    """Returns a function that builds a network of the same layer many times."""
 
     def repeat(batch: int, width: int, dtype: Any, layers: int) -> tuple[Shape, list[Layer]]:
         return Shape((batch, width), dtype), [layer(width, dtype)] * layers
@@ -119,7 +120,7 @@ _CONVOLUTIONAL = {
     "unet": vision.unet,
 }
 _WRAPS = {"blocks": jax.jit, "checkpoint": _remat}
-# where the expert's way is another network: dots_saveable keeps what matrix products return
+# the networks that are also built with `expert`: dots_saveable keeps the results of matrix products, which they consist of
 EXPERT = ("mlp", "residual", "transformer")
 adam = optax.adam(1e-3)
 
@@ -191,7 +192,7 @@ NETWORKS = (*_DENSE, *_CONVOLUTIONAL, *STEPS)
 
 
 def values(shapes: Any) -> Any:
-    """Returns normal numbers of the given shapes, scaled so that a product or a convolution keeps the size of its input."""
+    """Returns random arrays of these shapes, scaled so that a matrix product or convolution keeps the size of its input."""
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     values = [

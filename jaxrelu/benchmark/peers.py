@@ -1,4 +1,4 @@
-"""The activations and what each is measured against."""
+"""The activations, and the peers with which each is compared."""
 
 import functools
 from collections.abc import Callable
@@ -13,20 +13,20 @@ from jaxrelu import inplace
 
 __all__ = ["PEERS", "SLOPE", "Activation", "Peers", "identity"]
 
-# of the input and a slope, which only prelu reads
+# a function of the input and of a slope, which only prelu uses
 Activation = Callable[[Array, Array], Array]
 SLOPE = 0.25
 
 
 class Peers(NamedTuple):
-    """An activation and what it is measured against.
+    """An activation and what it is compared with.
 
     Attributes:
-        ours, reference: of x and a slope.
-        peer: the reference's name in the measurements.
-        inplace: of x alone.
-        torch: the name in `torch.nn.functional`.
-        learned: whether the slope is a parameter.
+        ours, reference: jaxrelu's activation and that of jax.nn or Flax, as functions of x and a slope.
+        peer: the name of the reference in the measurements.
+        inplace: jaxrelu's activation in place, a function of x.
+        torch: the name of PyTorch's activation in `torch.nn.functional`.
+        learned: whether the slope is a parameter that is trained.
     """
 
     ours: Activation
@@ -38,7 +38,7 @@ class Peers(NamedTuple):
 
 
 def identity(x: Array, slope: Array) -> Array:
-    """Returns x: the floor, a network without activations."""
+    """Returns x. With it a network has no activations; its memory is called the floor."""
     return x
 
 

@@ -20,7 +20,7 @@ __all__ = ["DEFAULT_KINDS", "KINDS", "Measures", "Plan", "here"]
 
 Measures = dict[str, Any]
 DEFAULT_KINDS = ("memory", "elementwise", "eager", "step", "saved", "resident", "observed", "import")
-# these ask for a GPU, but run on a CPU too
+# the last two are meant for a GPU, but run on a CPU too
 KINDS = (*DEFAULT_KINDS, "peak", "expm1")
 
 
@@ -29,14 +29,15 @@ class Plan:
     """A run of the benchmark.
 
     Attributes:
-        targets: machines for which the networks are compiled.
-        activations, networks, dtypes, kinds: names; of networks, those whose memory the compiler tells.
-        running: the networks that are run, for their time or their peak.
-        sizes: elements of the elementwise calls.
-        batch: of the networks, for memory and peak.
-        step_batch: of the networks in a step.
-        width, layers: of the networks.
-        quick: whether what runs is fewer and shorter.
+        targets: the machines for which the networks are compiled.
+        activations, dtypes, kinds: their names.
+        networks: the names of the networks that are compiled for their memory.
+        running: the names of the networks that are run for their time or their peak memory.
+        sizes: the numbers of elements of the elementwise calls.
+        batch: the batch of the networks, for memory and peak.
+        step_batch: the batch of the networks in a step.
+        width, layers: the width of the networks, and their number of layers.
+        quick: whether fewer and shorter measurements are run.
     """
 
     targets: list[Target]
@@ -53,7 +54,7 @@ class Plan:
     quick: bool
 
     def groups(self) -> Iterator[tuple[str, Iterator[Measures]]]:
-        """Yields a label and the measurements of each group, first of what the compiler tells, then of what has to run."""
+        """Yields a label and the measurements of each group: first those by the compiler, then those that run something."""
         if "memory" in self.kinds:
             for target in self.targets:
                 for dtype in self.dtypes:
@@ -139,7 +140,7 @@ class Plan:
         def measured(peer: str) -> Measures | None:
             return children.peak_bytes(network, activation, peer, dtype, self.batch, self.width, self.layers)
 
-        # at once, as each process counts its own memory and nothing is timed
+        # all at the same time, because each process counts its own memory, and nothing is timed
         with concurrent.futures.ThreadPoolExecutor(len(peers)) as pool:
             for peer, found in zip(peers, pool.map(measured, peers), strict=True):
                 if found is None:
@@ -195,7 +196,7 @@ def _all_timed(common: Measures, times: Mapping[str, timing.Timing]) -> Iterator
 
 
 def here() -> str:
-    """Returns the name of the device that JAX runs on; of a CPU, with the cores that this process may use."""
+    """Returns the name of the device that JAX runs on; for a CPU, also the number of cores that this process may use."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind

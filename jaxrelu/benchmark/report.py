@@ -12,7 +12,7 @@ from rich.table import Table
 __all__ = ["group", "plot_memory", "print_tables", "value"]
 
 Record = Mapping[str, Any]
-# what stands in one row of a table
+# measurements that agree in these fields share a row of a table
 KEYS = ("device", "what", "network", "activation", "dtype", "size")
 WIDTH = 150
 MEMORY = ("memory", "peak", "resident")
@@ -33,7 +33,7 @@ def group(records: Iterable[Record]) -> dict[tuple[Any, ...], dict[str, Record]]
 
 
 def print_tables(records: Sequence[Record]) -> None:
-    """Prints a table of memory and one of time for each device, whole even when piped."""
+    """Prints a table of memory and one of time for each device, of the same width on a terminal and in a file."""
     console = Console(file=sys.stdout, width=WIDTH)
     rows = group(records)
     for device in dict.fromkeys(key[0] for key in rows):
@@ -94,11 +94,11 @@ def _time_row(key: tuple[Any, ...], peers: Mapping[str, Record], rows: Rows) -> 
     ours, reference = peers.get("jaxrelu", peers.get("polynomial")), _reference(peers)
     forward = rows.get((key[0], "forward", *key[2:]), {})
     copy = forward.get("copy")
-    if key[1] == "inplace":  # beside the call that allocates
+    if key[1] == "inplace":  # compared with the call that is not in place
         reference = forward.get("jaxrelu")
     elif key[1] == "import":
         reference = peers.get("jax")
-    elif "step" in peers:  # unobserved
+    elif "step" in peers:  # the steps without observe
         reference = peers["step"]
     torch = peers.get("torch")
     return [
@@ -142,12 +142,12 @@ def _ratio(a: Record | None, b: Record | None) -> str:
     return f"{value(a) / value(b):.2f}" if a and b and value(b) else ""
 
 
-# Okabe and Ito's colours, told apart with any colour vision
+# colours of Okabe and Ito, which people with any kind of colour vision can tell apart
 _BARS = (("jaxrelu", "#0072B2"), ("jax.nn", "#E69F00"), ("no activation", "#999999"))
 
 
 def plot_memory(records: Sequence[Record], path: Path) -> None:
-    """Draws the memory of each network, a panel for each device, of the first activation and dtype measured there.
+    """Draws the memory of each network, in one panel per device, for the first activation and dtype measured there.
 
     Args:
         records: measurements.
@@ -159,7 +159,7 @@ def plot_memory(records: Sequence[Record], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = {key: peers for key, peers in group(records).items() if key[1] == "memory"}
-    # the floor of a run that was interrupted has no activation beside it
+    # a run that was interrupted may have measured a network without activations only
     panels = list(dict.fromkeys(key[0] for key in rows if key[3]))
     most = max((len({key[2] for key in rows if key[0] == device}) for device in panels), default=0)
     figure, axes = plt.subplots(
@@ -176,7 +176,7 @@ def plot_memory(records: Sequence[Record], path: Path) -> None:
             bars = [(n, value(r) / 2**20) for n, found in enumerate(chosen.values()) if (r := found[i])]
             axis.bar([n + 0.28 * (i - 1) for n, _ in bars], [v for _, v in bars], 0.26, color=color, label=label)
         axis.set_xticks(range(len(chosen)), [name.replace("_", "\n") for name in chosen], fontsize=9)
-        axis.set_xlim(-0.6, max(4, len(chosen)) - 0.4)  # bars of a few networks stay bars
+        axis.set_xlim(-0.6, max(4, len(chosen)) - 0.4)  # so that few networks do not make wide blocks
         axis.set_ylabel("MiB")
         axis.set_title(f"{activation}, {dtype}, 2^{size.bit_length() - 1} elements: {device}", fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)

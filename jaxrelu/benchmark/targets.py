@@ -19,8 +19,8 @@ class Target(NamedTuple):
     """A machine to compile for.
 
     Attributes:
-        device: of the machine's topology, or a real one.
-        name: for the measurements.
+        device: a device of JAX, real or described by a topology.
+        name: the name in the measurements.
         options: the compiler's options that differ from the default.
         ahead: whether the machine is absent.
     """
@@ -36,7 +36,7 @@ AHEAD = (*TPUS, "h200")
 
 
 def targets_ahead(platform: str, description: Path) -> list[Target]:
-    """Returns the targets of a platform that is not there.
+    """Returns the targets for a platform whose hardware is not there.
 
     Args:
         platform: one of AHEAD.
@@ -46,7 +46,7 @@ def targets_ahead(platform: str, description: Path) -> list[Target]:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{platform.removeprefix('tpu-')}:2x2")
         return [Target(topology.devices[0], f"{platform}, compiled ahead of time", ahead=True)]
     topology = topologies.get_topology_desc(platform="cuda", target_config=description.read_text(), topology="1x1x1")
-    # without a device nothing is autotuned, so that XLA's own choice of matrix products is unknown: both are reported
+    # XLA would choose between two kinds of matrix product by timing them, which needs the device: both are compiled here
     modes = {"Triton": True, "cuBLAS": False}
     return [
         Target(
@@ -67,7 +67,7 @@ def compile_network(network: Network, target: Target) -> Any:
     return jax.jit(network.function).lower(*arguments).compile(compiler_options=target.options)
 
 
-# a library's function; or a fusion that a generator of products makes, as those of Triton
+# a call of a library's function, or a matrix product that XLA generates itself, for example by Triton
 _KERNEL = re.compile(r'custom_call_target="(?P<library>[^"]+)"|"kind":\s*"(?P<generator>__[^"]+)"')
 _EPILOGUE = re.compile(r'"epilogue":\s*"(?P<name>\w+)"')
 
@@ -76,8 +76,8 @@ def kernels(program: str) -> dict[str, int]:
     """Counts the calls of libraries and the generated products in a compiled program, by name.
 
     Args:
-        program: the optimised program's text. What a product of cuBLASLt adds itself follows its name, as in
-            "__cublas$lt$matmul RELU_BIAS".
+        program: the text of the optimised program. If a product of cuBLASLt also computes what follows it (its epilogue),
+            that is added to its name, as in "__cublas$lt$matmul RELU_BIAS".
     """
     found: collections.Counter[str] = collections.Counter()
     for line in program.splitlines():

@@ -1,4 +1,4 @@
-"""Timings, all peers of a measurement interleaved, and what else is measured by running rather than by compiling."""
+"""Timings, in which all peers of a measurement take turns, and other measurements that run something."""
 
 import functools
 import importlib
@@ -45,13 +45,13 @@ class Timing(NamedTuple):
 
 
 def interleave(calls: Mapping[Any, Call], seconds: float, *, fewest: int = 7, most: int = 101) -> dict[Any, Timing]:
-    """Times functions in turn, so that a change of the machine's speed meets all of them.
+    """Times functions in turn, so that a change in the machine's speed affects all of them alike.
 
     Args:
-        calls: functions that return once their result is there.
-        seconds: what all rounds may take together, within the bounds on their number.
-        fewest: least number of rounds.
-        most: largest number of rounds.
+        calls: functions that return only when their result is ready.
+        seconds: the time that all rounds may take together, unless that means too few or too many rounds.
+        fewest: the least number of rounds.
+        most: the greatest number of rounds.
     """
     repeats: dict[Any, int] = {}
     total = 0.0
@@ -65,7 +65,7 @@ def interleave(calls: Mapping[Any, Call], seconds: float, *, fewest: int = 7, mo
     for _ in range(min(most, max(fewest, int(seconds / total)))):
         for name in order:
             samples[name].append(_time(calls[name], repeats[name]))
-        order.reverse()  # so that nobody always follows the same neighbour
+        order.reverse()  # so that no function always runs after the same other one
     return {name: _timing(times) for name, times in samples.items()}
 
 
@@ -91,8 +91,8 @@ def _blocking(function: Callable[..., Any], *arguments: Any) -> Call:
 def elementwise(activation: str, dtype: str, size: int, seconds: float) -> dict[tuple[str, str], Timing]:
     """Times forward, gradient and in place of one activation and its peers, by (what, peer).
 
-    The gradient is that of x, and of the slope if it is learned, for a given gradient of the output. The copy is NumPy's
-    on the CPU, else the device's.
+    The gradient is that in x, and in the slope if it is learned, for a given gradient of the output. The peer copy is
+    NumPy's on the CPU, and the device's elsewhere.
     """
     row = PEERS[activation]
     x = jax.random.normal(jax.random.key(0), (size,), dtype)
@@ -143,8 +143,8 @@ def torch_here() -> bool:
 
 
 def _torch() -> Any:
-    """Returns PyTorch, which is no dependency: types are checked without it."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads of its pool would spin in the other peers' time
+    """Returns PyTorch. It is no dependency: imported in this way, the type checker does not need it."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # its idle threads would else keep the cores busy
     return importlib.import_module("torch")
 
 
@@ -180,7 +180,7 @@ def _torch_calls(name: str, x: Array, g: Array) -> dict[str, Call]:
 
 
 def torch_saved_bytes(activation: str | None, dtype: str, batch: int, width: int, layers: int = 8) -> int:
-    """Returns the bytes of what PyTorch saves for the backward pass of the mlp, each storage once, parameters left out."""
+    """Returns the bytes that PyTorch saves for the backward pass of the mlp: each storage once, without the parameters."""
     torch = _torch()
     number: Any = getattr(torch, dtype)
     parameters: list[Any] = []
@@ -235,7 +235,7 @@ def training_step(
 
 
 def _repeating(step: Callable[..., Any], parameters: Any, x: Array) -> Call:
-    """Returns a call that trains on from where the last one ended, its state donated as a training loop does."""
+    """Returns a call that does the next training step; it donates its state to the step, as a training loop does."""
     held = [parameters, adam.init(parameters)]
     jitted = jax.jit(step, donate_argnums=(0, 1))
 
@@ -246,7 +246,7 @@ def _repeating(step: Callable[..., Any], parameters: Any, x: Array) -> Call:
 
 
 def observed_step(dtype: str, batch: int, width: int, layers: int, seconds: float, one_in: int) -> dict[str, Timing]:
-    """Times an Adam step of an mlp with relu, of which one in so many is observed, beside none."""
+    """Times Adam steps of an mlp with relu, one_in of them: with the last one observed, and with none observed."""
     network = build("mlp", PEERS["relu"].ours, batch, width, dtype, layers=layers)
     loss = network.loss
     assert loss is not None
@@ -258,7 +258,7 @@ def observed_step(dtype: str, batch: int, width: int, layers: int, seconds: floa
         return optax.apply_updates(parameters, updates), state, stats
 
     plain = _repeating(adam_step(loss), parameters, x)
-    # donated buffers are gone
+    # with arrays of its own, as the calls of the other donate theirs
     watched = _repeating(observed, *values(network.arguments))
 
     def mixed() -> None:
@@ -274,7 +274,7 @@ def observed_step(dtype: str, batch: int, width: int, layers: int, seconds: floa
 
 
 def import_times(rounds: int) -> dict[str, Timing]:
-    """Times `import jaxrelu` against `import jax`, each in a fresh process; this one has read their files already."""
+    """Times `import jaxrelu` and `import jax`, each in a fresh process; their files have been read before by this one."""
     samples: dict[str, list[float]] = {"jaxrelu": [], "jax": []}
     for _ in range(rounds):
         for module, times in samples.items():

@@ -1,7 +1,7 @@
-"""Convolutional networks: two of one layer repeated, ResNet-18, MobileNetV2 and a U-Net.
+"""Convolutional networks: two chains of the same layer, ResNet-18, MobileNetV2 and a U-Net.
 
-Images have channels last. Each network takes as many of them as give the first stage the wanted number of elements in an
-activation.
+Images have channels last. Each network takes so many of them that an activation of its first stage has the number of
+elements that is asked for.
 """
 
 import functools
@@ -16,9 +16,9 @@ from jaxrelu.benchmark.peers import Activation
 
 __all__ = ["conv", "conv_norm", "mobilenet", "resnet18", "unet"]
 
-# the networks that people train take photographs of 32 x 32 pixels, as CIFAR-10 has, and tell 10 classes apart
+# ResNet-18, MobileNetV2 and the U-Net take photographs of 32 x 32 pixels, as in CIFAR-10; the first two have 10 classes
 SIDE, COLOURS, CLASSES = 32, 3, 10
-GROUPS = 32  # of GroupNorm, as in its paper
+GROUPS = 32  # the number of groups in GroupNorm, as in its paper
 # MobileNetV2's table: expansion, channels, repeats, stride; for 32 x 32 pixels the first two strides of the paper are 1
 INVERTED = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
@@ -27,9 +27,9 @@ def conv(elements: int, dtype: Any, layers: int) -> tuple[Shape, list[Layer]]:
     """Returns input and layers of a chain of convolutions, each with a bias and an activation.
 
     Args:
-        elements: of an activation.
-        dtype: of input and weights.
-        layers: how many.
+        elements: the number of elements of an activation.
+        dtype: the dtype of input and weights.
+        layers: the number of layers.
     """
     x, w = _chain(elements, dtype)
     return x, [Layer(_conv, (w, Shape(x.shape[-1:], dtype), slope_shape()))] * layers
@@ -39,9 +39,9 @@ def conv_norm(elements: int, dtype: Any, layers: int) -> tuple[Shape, list[Layer
     """Returns input and layers of a chain of convolutions, each with a BatchNorm and an activation.
 
     Args:
-        elements: of an activation.
-        dtype: of input and weights.
-        layers: how many.
+        elements: the number of elements of an activation.
+        dtype: the dtype of input and weights.
+        layers: the number of layers.
     """
     x, w = _chain(elements, dtype)
     return x, [Layer(_conv_norm, (w, _scale_and_bias(x.shape[-1]), slope_shape()))] * layers
@@ -51,9 +51,9 @@ def resnet18(elements: int, dtype: Any, layers: int) -> tuple[Shape, list[Layer]
     """Returns input and layers of ResNet-18 in its form for CIFAR, after He et al. 2015 (arXiv:1512.03385).
 
     Args:
-        elements: of an activation of the first stage, which has 64 channels.
-        dtype: of input and weights.
-        layers: how many of the 8 basic blocks, two for each stage.
+        elements: the number of elements of an activation of the first stage, which has 64 channels.
+        dtype: the dtype of input and weights.
+        layers: the number of basic blocks, at most 8; each stage has two.
     """
     before = 64
     network = [Layer(_conv_norm, _convolution_parameters(3, COLOURS, before, dtype))]
@@ -72,9 +72,10 @@ def mobilenet(elements: int, dtype: Any, layers: int) -> tuple[Shape, list[Layer
     """Returns input and layers of MobileNetV2's blocks, after Sandler et al. 2018 (arXiv:1801.04381).
 
     Args:
-        elements: of the first activation, which has 32 channels; those inside the blocks have up to 4.5 times as many.
-        dtype: of input and weights.
-        layers: how many of the 17 inverted residuals.
+        elements: the number of elements of the first activation, which has 32 channels. Activations inside the blocks have
+            up to 4.5 times as many.
+        dtype: the dtype of input and weights.
+        layers: the number of inverted residuals, at most 17.
     """
     before = 32
     network = [Layer(_conv_norm, _convolution_parameters(3, COLOURS, before, dtype))]
@@ -94,12 +95,12 @@ def mobilenet(elements: int, dtype: Any, layers: int) -> tuple[Shape, list[Layer
 
 
 def unet(elements: int, dtype: Any, layers: int) -> tuple[Shape, list[Layer]]:
-    """Returns input and the one layer of a U-Net with GroupNorm, after Ronneberger et al. 2015 (arXiv:1505.04597).
+    """Returns the input of a U-Net with GroupNorm, and the U-Net as one layer (Ronneberger et al. 2015, arXiv:1505.04597).
 
     Args:
-        elements: of an activation of the first resolution, which has 64 channels.
-        dtype: of input and weights.
-        layers: each four of them halve the resolution once, at least once and at most four times, as in the paper.
+        elements: the number of elements of an activation of the first resolution, which has 64 channels.
+        dtype: the dtype of input and weights.
+        layers: every four layers halve the resolution once, at least once and at most four times, as in the paper.
     """
     depth = min(max(layers // 4, 1), 4)
     channels = [64 * 2**level for level in range(depth + 1)]
@@ -108,7 +109,7 @@ def unet(elements: int, dtype: Any, layers: int) -> tuple[Shape, list[Layer]]:
         return [_convolution_parameters(3, before, after, dtype), _convolution_parameters(3, after, after, dtype)]
 
     down = [twice(before, after) for before, after in zip([COLOURS, *channels], channels, strict=False)]
-    # below comes the upsampled array, beside it the one of the same resolution on the way down
+    # on the way up, each convolution reads the upsampled array together with that of its resolution from the way down
     up = [twice(below + after, after) for below, after in zip(channels[:0:-1], channels[-2::-1], strict=True)]
     head = Shape((1, 1, channels[0], COLOURS), dtype)
     return _images(elements, 64, dtype), [Layer(_unet, (down, up, head))]
@@ -135,7 +136,7 @@ def _convolution_parameters(side: int, before: int, after: int, dtype: Any) -> t
 
 
 def _convolve(x: Array, w: Array, stride: int = 1) -> Array:
-    groups = x.shape[-1] // w.shape[2]  # one, or as many as channels for a depthwise convolution
+    groups = x.shape[-1] // w.shape[2]  # 1, or the number of channels for a depthwise convolution
     return lax.conv_general_dilated(
         x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
     )
