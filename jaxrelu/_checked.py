@@ -1,4 +1,4 @@
-"""Checks of what callers pass: at trace time, from type, shape and dtype, in one line that says what to do."""
+"""Checks of the arguments that callers pass: by type, shape and dtype, so that a mistake under jit is seen at trace time."""
 
 import functools
 import math
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["fitting", "floating", "is_number", "kink", "number", "real"]
+__all__ = ["fitting", "floating", "is_int", "is_number", "kink", "number", "real"]
 
 
 def kink(function: str, kink: object) -> float:
@@ -30,14 +30,18 @@ def number(function: str, argument: str, x: float) -> float:
         raise ValueError(f"{function}: {argument} must be less than 2^1024, got {type(x).__name__}; pass a float") from None
 
 
+def is_int(x: object) -> TypeGuard[int]:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
 def is_number(x: object) -> TypeGuard[float]:
-    # float and int first: an abstract class takes a microsecond, a quarter of an eager call's own checks
+    # float and int first: the check of the abstract class takes a microsecond, a quarter of all checks of a call
     return isinstance(x, (float, int, numbers.Real)) and not isinstance(x, bool)
 
 
 @functools.cache
 def _is_a(dtype: Any, kind: Any) -> bool:
-    # JAX has no longdouble, and NumPy takes a timedelta for an integer
+    # JAX has no longdouble; NumPy counts a timedelta ("m") as an integer
     return jnp.issubdtype(dtype, kind) and dtype.itemsize <= 8 and dtype.kind != "m"
 
 
@@ -57,7 +61,7 @@ def real(function: str, argument: str, x: Any) -> Any:
 
 
 def floating(function: str, argument: str, x: Any) -> Any:
-    """Returns x as real does, integers as the default float."""
+    """Returns x as `real` does, with integers converted to the default float dtype."""
     x = real(function, argument, x)
     if isinstance(x, int):
         return float(x)
@@ -69,11 +73,11 @@ def floating(function: str, argument: str, x: Any) -> Any:
 
 
 def fitting(function: str, argument: str, parameter: Any, x: Any, axis: int | None = None) -> Any:
-    """Returns parameter as real does, if it fits x along axis."""
+    """Returns parameter as `real` does, if it broadcasts to x or, with an axis, is a scalar or a vector along that axis."""
     parameter = real(function, argument, parameter)
     shape, wanted = np.shape(parameter), np.shape(x)
     if axis is not None:
-        if isinstance(axis, bool) or not isinstance(axis, int):
+        if not is_int(axis):
             raise TypeError(f"{function}: axis must be an int or None, got {_describe(axis)}")
         if not -len(wanted) <= axis < len(wanted):
             raise ValueError(f"{function}: axis {axis} is out of range for x of shape {wanted}")

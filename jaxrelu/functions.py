@@ -1,11 +1,14 @@
-"""relu, leaky_relu, prelu, elu and relu6 with a stated derivative at the kink.
+"""relu, leaky_relu, prelu, elu and relu6, each with a stated derivative at its kinks.
 
-A kink is a point where the slope jumps. One rule for the family: at a kink the unit counts as inactive, so the derivative is
-that of the flat or damped side. `kink` moves it: derivative = inactive + kink * (active - inactive). Every rule is linear in
-the incoming gradient, at the kink too.
+A kink is a point where the slope of a function jumps: 0 for all five, and also 6 for relu6. On one side of it the unit is
+active and the slope is 1; on the other it is inactive and the slope is another. At the kink itself the unit counts as
+inactive, but the argument `kink` moves the derivative there, by which the backward pass multiplies the incoming gradient:
 
-Each function stands in three parts: the public function, its private core, the core's derivative rule. A core returns the
-value; those of relu, leaky_relu and relu6 return with it what the rule reads in place of x.
+    derivative at the kink = inactive slope + kink * (active slope - inactive slope)
+
+Each function has three parts, one below the other: the public function (`relu`), which checks its arguments; a private core
+(`_relu`), which computes the value; and the core's derivative rule (`_relu_jvp`). The cores of relu, leaky_relu and relu6
+also return the array that their rule reads to tell which units are active; `_lowering.py` says why that is not always x.
 """
 
 import functools
@@ -27,21 +30,18 @@ _Pairs = tuple[tuple[Array, Array], tuple[Array, Array]]
 
 
 def relu(x: ArrayLike, *, kink: float = 0.0) -> Array:
-    """Rectified linear unit.
+    """Rectified linear unit (Nair and Hinton 2010; for `kink`, Bertoin et al. 2021, arXiv:2106.12915).
 
-    Returns `max(x, 0)` in the dtype of `x`. The derivative is 0 for x < 0, `kink` at 0 and 1 for x > 0; at NaN it is 0.
+    Returns `max(x, 0)` in the shape and dtype of `x`. The derivative is 0 for x < 0 and 1 for x > 0. At x = 0, where the
+    slope jumps, it is the number `kink`. At NaN the value is NaN and the derivative 0.
 
     Args:
-        x: real numbers of any shape and any float or integer dtype.
-        kink: the derivative at 0, a finite Python number.
+        x: a real number, or an array of any shape and of any float or integer dtype.
+        kink: the derivative at 0, a finite Python number: 0 is the slope for x < 0, 1 that for x > 0.
 
     Raises:
         TypeError: `x` is not a real number or array, or `kink` is not a Python number.
         ValueError: `kink` is not finite.
-
-    References:
-        Nair and Hinton 2010, Rectified linear units improve restricted Boltzmann machines; Bertoin et al. 2021,
-        Numerical influence of ReLU'(0) on backpropagation (arXiv:2106.12915).
 
     Examples:
         >>> import jax, jaxrelu
@@ -56,11 +56,13 @@ def relu(x: ArrayLike, *, kink: float = 0.0) -> Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _relu(x: Array, kink: float) -> tuple[Array, Array]:
     y = lowering.separate(jnp.maximum, x, 0)
-    if jnp.issubdtype(x.dtype, jnp.integer):  # no derivative, and some narrow ones no abs
+    if jnp.issubdtype(x.dtype, jnp.integer):  # integers have no derivative, and jnp.abs refuses int2 and int4
         return y, y
-    # CPU: XLA goes back to x from maximum(x, 0), and without abs in a transformer too, as it merges the two uses of x into
-    # one: 520 MiB for 432 (jax 0.12). GPU: the matrix product takes in bias and relu if relu is a maximum; XLA turns
-    # maximum(x, 0) > 0 into x > 0, but leaves the sign
+    # CPU: if the rule read maximum(x, 0), XLA would keep x and compute the maximum again. Without abs it does so too where
+    # it merges the two expressions of x below: a transformer in float32 takes 432 MiB with abs, 520 without (jax 0.12;
+    # test_memory_beside_the_reference).
+    # GPU: as a plain maximum, relu is computed by the kernel of the matrix product. The rule reads the sign of y, because
+    # XLA turns maximum(x, 0) > 0 into x > 0 and then keeps x (test_relu_on_a_gpu_is_maximum_and_its_rule_reads_the_sign).
     opaque = jnp.where(x > 0, jnp.abs(x), jnp.maximum(x, 0))
     return lowering.readable(x, y, opaque, on_gpu=(y, jnp.sign(y)))
 
@@ -69,7 +71,7 @@ def _relu(x: Array, kink: float) -> tuple[Array, Array]:
 def _relu_jvp(kink: float, primals: Any, tangents: Any) -> _Pairs:
     (x,), (g,) = primals, tangents
     y, read = _relu(x, kink)
-    # selected, never multiplied by a mask: an infinite gradient through an inactive unit gives 0
+    # not a product with a mask, as an infinite gradient times 0 is NaN; not jnp.where for the reason in `lowering.separate`
     t = lax.select(read > 0, g, _only_at_kink(x == 0, kink, g))
     return (y, read), (t, jnp.zeros_like(read))
 
@@ -78,23 +80,21 @@ _relu_jit = lowering.core(_relu, "relu", 1)
 
 
 def leaky_relu(x: ArrayLike, negative_slope: ArrayLike = 0.01, *, kink: float = 0.0) -> Array:
-    """Leaky rectified linear unit.
+    """Leaky rectified linear unit (Maas et al. 2013, Rectifier nonlinearities improve neural network acoustic models).
 
-    Returns `x` for x > 0, else `negative_slope * x`, in the float dtype of `x`. The derivative is 1 for x > 0,
-    `negative_slope` for x < 0 and at NaN, and `negative_slope + kink * (1 - negative_slope)` at 0. It is differentiable in a
-    slope that is an array too.
+    Returns `x` for x > 0, else `negative_slope * x`, in the shape and float dtype of `x`. The derivative is 1 for x > 0 and
+    `negative_slope` for x < 0 and at NaN. At 0, where the slope jumps, it is `negative_slope + kink * (1 - negative_slope)`.
+    If `negative_slope` is an array, the function can be differentiated in it too.
 
     Args:
-        x: real numbers of any shape; integers are promoted to the default float.
-        negative_slope: slope for x < 0: a Python number, or an array that broadcasts to the shape of `x`.
-        kink: places the derivative at 0 between that for x < 0 (kink 0) and that for x > 0 (kink 1); a finite number.
+        x: a real number or array of any shape; integers are converted to JAX's default float dtype.
+        negative_slope: the slope for x < 0: a Python number, or an array that broadcasts to the shape of `x`. Outside
+            `jax.jit` each new Python number compiles once more; the values of an array do not.
+        kink: a finite Python number that moves the derivative at 0 from its value for x < 0 (kink 0) to 1 (kink 1).
 
     Raises:
         TypeError: `x` or `negative_slope` is not a real number or array, or `kink` is not a Python number.
         ValueError: `negative_slope` does not broadcast to `x`, or `kink` is not finite.
-
-    References:
-        Maas et al. 2013, Rectifier nonlinearities improve neural network acoustic models.
 
     Examples:
         >>> import jax, jaxrelu
@@ -112,7 +112,7 @@ def leaky_relu(x: ArrayLike, negative_slope: ArrayLike = 0.01, *, kink: float = 
 def _leaky_relu(x: Array, slope: float, kink: float) -> tuple[Array, Array]:
     wide = widen(x)
     y = cast(jnp.where(wide > 0, wide, slope * wide), x)
-    # the sign of y is that of x only for a positive slope
+    # the rule may read y in place of x only if both have the same sign, which takes a positive slope
     return lowering.readable(x, y, y, on_gpu=(y, y)) if slope > 0 else (y, x)
 
 
@@ -128,26 +128,22 @@ _leaky_relu_jit = lowering.core(_leaky_relu, "leaky_relu", (1, 2))
 
 
 def prelu(x: ArrayLike, negative_slope: ArrayLike, *, axis: int | None = None, kink: float = 0.0) -> Array:
-    """Parametric rectified linear unit: a leaky_relu whose slope is learned.
+    """Parametric rectified linear unit: a leaky_relu whose slope is learned (He et al. 2015, arXiv:1502.01852).
 
-    Returns `x` for x > 0, else `a * x`, in the float dtype of `x`. The derivative in x is 1 for x > 0, `a` for x < 0 and at
-    NaN, and `a + kink * (1 - a)` at 0; in a it is x for x < 0, else 0, whatever `kink` is. The slope's gradient is summed in
-    float32 or wider, then cast to the slope's dtype.
+    Returns `x` for x > 0, else `a * x`, in the shape and float dtype of `x`; a is `negative_slope`. The derivative in x is 1
+    for x > 0, `a` for x < 0 and at NaN, and `a + kink * (1 - a)` at 0, where the slope jumps. The derivative in a is x for
+    x < 0, else 0, for every `kink`. The gradient of the slopes is summed in float32 or wider, then cast to their dtype.
 
     Args:
-        x: real numbers of any shape; integers are promoted to the default float.
-        negative_slope: the slope a: a scalar, a vector along `axis`, or an array that broadcasts to the shape of `x`; finite
-            in its dtype.
-        axis: the axis of `x` along which a vector of slopes lies, e.g. 1 for channels in NCHW, -1 in NHWC; None
-            broadcasts by NumPy's rules.
-        kink: places the derivative at 0 between that for x < 0 (kink 0) and that for x > 0 (kink 1); a finite number.
+        x: a real number or array of any shape; integers are converted to JAX's default float dtype.
+        negative_slope: the finite slope a: a scalar, a vector along `axis`, or an array that broadcasts to the shape of `x`.
+        axis: the axis of `x` along which a vector of slopes lies: 1 for the channels of an NCHW image, -1 for those of an
+            NHWC image. With None the slopes broadcast by NumPy's rules.
+        kink: a finite Python number that moves the derivative at 0 from its value for x < 0 (kink 0) to 1 (kink 1).
 
     Raises:
-        TypeError: `x` or `negative_slope` is not a real number or array, `axis` no int, or `kink` no Python number.
+        TypeError: `x` or `negative_slope` is not a real number or array, `axis` not an int, or `kink` not a Python number.
         ValueError: `negative_slope` does not broadcast to `x`, `axis` does not fit, or `kink` is not finite.
-
-    References:
-        He et al. 2015, Delving deep into rectifiers (arXiv:1502.01852).
 
     Examples:
         >>> import jax, jaxrelu
@@ -162,7 +158,7 @@ def prelu(x: ArrayLike, negative_slope: ArrayLike, *, axis: int | None = None, k
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _prelu(x: Array, slope: Array, axis: int | None, kink: float) -> Array:
-    # the slope is rounded to x's dtype first, then the product; 8-bit floats have no product of their own
+    # the slope is rounded to the dtype of x; the product is computed in float32 or wider, and rounded once
     wide = widen(x)
     return cast(jnp.where(wide > 0, wide, cast(cast(align(slope, x, axis), x), wide) * wide), x)
 
@@ -171,7 +167,7 @@ def _prelu(x: Array, slope: Array, axis: int | None, kink: float) -> Array:
 def _prelu_jvp(axis: int | None, kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x, slope), (g, h) = primals, tangents
     y = _prelu(x, slope, axis, kink)
-    # a tangent that is known to be zero is left out: its product with an infinite x or slope would be NaN
+    # a tangent that JAX knows to be zero is left out: multiplied by an infinite x or slope it would give NaN
     seen = {name: t for name, t in (("x", g), ("slope", h)) if type(t) is not SymbolicZero}
 
     def tangent(x: Array, slope: Array, seen: dict[str, Array]) -> Array:
@@ -181,8 +177,8 @@ def _prelu_jvp(axis: int | None, kink: float, primals: Any, tangents: Any) -> tu
             active = widen(seen["x"])
             off = _at_kink(x, kink, cast(cast(align(slope, x, axis), x), wide)) * active
         if "slope" in seen:
-            # the tangent is set to 0 where x > 0 before it is multiplied by x, as inf * 0 would be NaN; the product is in
-            # float32 or wider, so that the backward pass sums the slope's gradient there
+            # where x > 0 the tangent, not the product, is set to 0: the backward pass would otherwise multiply 0 by an
+            # infinite x, which is NaN. The product is in float32 or wider, so that the slope's gradient is summed there
             t = align(seen["slope"], x, axis)
             off += wide * cast(jnp.where(on, jnp.zeros_like(t), t), wide)
         return cast(jnp.where(on, active, off), x)
@@ -195,27 +191,25 @@ _leaky_relu_array_jit = lowering.core(_prelu, "leaky_relu", (2, 3))
 
 
 def elu(x: ArrayLike, alpha: ArrayLike = 1.0, *, kink: float = 0.0, save: Literal["input", "output"] = "input") -> Array:
-    """Exponential linear unit.
+    """Exponential linear unit (Clevert et al. 2016, arXiv:1511.07289).
 
-    Returns `x` for x > 0, else `alpha * expm1(x)`, in the float dtype of `x`. The derivative is 1 for x > 0,
-    `alpha * exp(x)` for x < 0, NaN at NaN and `alpha + kink * (1 - alpha)` at 0. It is differentiable in an alpha that is an
-    array too.
+    Returns `x` for x > 0, else `alpha * expm1(x)`, in the shape and float dtype of `x`. The derivative is 1 for x > 0,
+    `alpha * exp(x)` for x < 0 and NaN at NaN. At 0, where the slope jumps unless alpha is 1, it is `alpha + kink * (1 -
+    alpha)`. If `alpha` is an array, the function can be differentiated in it too.
 
     Args:
-        x: real numbers of any shape; integers are promoted to the default float.
-        alpha: the function tends to -alpha at -inf: a Python number, or an array that broadcasts to the shape of `x`.
-        kink: places the derivative at 0 between that for x < 0 (kink 0) and that for x > 0 (kink 1); a finite number.
-        save: what the backward pass keeps. "input" gives an accurate derivative everywhere. "output" lets `x` be freed: for
-            x < 0 the derivative is taken from the output y, as `y + alpha`, which is off by at most alpha times the
-            dtype's epsilon. For alpha 1 it is 0 below x = -6.25 in bfloat16, -8.32 in float16, -17 in float32.
+        x: a real number or array of any shape; integers are converted to JAX's default float dtype.
+        alpha: minus the limit of the function at -inf: a Python number, or an array that broadcasts to the shape of `x`.
+            Outside `jax.jit` each new Python number compiles once more; the values of an array do not.
+        kink: a finite Python number that moves the derivative at 0 from its value for x < 0 (kink 0) to 1 (kink 1).
+        save: what the backward pass keeps. "input" gives an accurate derivative everywhere. "output" lets the memory of `x`
+            be freed: for x < 0 the derivative is computed from the output y, as `y + alpha`, with an error of at most alpha
+            times the dtype's epsilon. For alpha 1 it is 0 below x = -6.25 in bfloat16, -8.32 in float16, -17 in float32.
 
     Raises:
         TypeError: `x` or `alpha` is not a real number or array, or `kink` is not a Python number.
         ValueError: `alpha` does not broadcast to `x`, `kink` is not finite, `save` is neither "input" nor "output", or
             `save="output"` comes with an alpha that is not a positive Python number or with a kink that is not 0.
-
-    References:
-        Clevert et al. 2016, Fast and accurate deep network learning by exponential linear units (arXiv:1511.07289).
 
     Examples:
         >>> import jax, jaxrelu
@@ -248,16 +242,19 @@ def _elu_jvp(kink: float, save: str, primals: Any, tangents: Any) -> tuple[Array
     y, wide = _elu(x, alpha, kink, save), widen(x)
     t = jnp.zeros_like(x)
     if type(g) is not SymbolicZero:
-        # where, not minimum: its derivative at 0 is 0, and so is the second derivative of elu there
         if save == "output":
+            # jnp.where has derivative 0 at y = 0, and jnp.minimum has not: elu's second derivative at 0 is to be 0
             on, slope = y > 0, jnp.where(y >= 0, jnp.zeros_like(y), y) + alpha
         else:
-            # exp(x), as expm1(x) + 1 loses digits: below x = -4 most of them in bfloat16
+            # exp(x) itself, because expm1(x) + 1 loses digits: in bfloat16 most of them below x = -4
             on, slope = x > 0, _at_kink(x, kink, cast(align(alpha, x), wide) * exp_below_zero(wide))
-        # the slope is rounded before the product, so that a scan over layers keeps it in 16 bits
+        # The slope of a 16-bit x is rounded to 16 bits before the product, so that a scan over layers keeps 16-bit slopes.
+        # CPU, float32, a ResNet-18: for x > 0 the gradient is selected; multiplied by a slope of 1, it would take 1.03 times
+        # the memory of jax.nn's elu (test_memory_beside_the_reference)
         t = lax.select(on, g, cast(slope, x) * g)
     if type(h) is not SymbolicZero:
-        # expm1(min(x, 0)) by elu itself, whose derivative is stated; the tangent is set to 0 for x > 0 as in prelu's rule
+        # the derivative in alpha is expm1(min(x, 0)), computed by elu itself so that this rule holds for its derivative too.
+        # As in prelu's rule, the tangent is set to 0 for x > 0 before the product
         e = _elu(jnp.where(wide > 0, jnp.zeros_like(wide), wide), jnp.ones_like(alpha), 0.0, "input")
         h = align(h, x)
         t += cast(e * cast(jnp.where(wide > 0, jnp.zeros_like(h), h), wide), x)
@@ -269,22 +266,18 @@ _elu_array_jit = lowering.core(_elu, "elu", (2, 3))
 
 
 def relu6(x: ArrayLike, *, kink: float = 0.0) -> Array:
-    """Rectified linear unit, bounded at 6.
+    """Rectified linear unit, bounded at 6 (Krizhevsky 2010; Sandler et al. 2018, arXiv:1801.04381).
 
-    Returns `min(max(x, 0), 6)` in the dtype of `x`. The derivative is 1 for 0 < x < 6, `kink` at 0 and at 6, else 0; at NaN
-    it is 0.
+    Returns `min(max(x, 0), 6)` in the shape and dtype of `x`. The derivative is 1 for 0 < x < 6, and 0 for x < 0 and x > 6.
+    At 0 and at 6, where the slope jumps, it is the number `kink`. At NaN the value is NaN and the derivative 0.
 
     Args:
-        x: real numbers of any shape and any float or integer dtype.
-        kink: the derivative at 0 and at 6, a finite Python number.
+        x: a real number, or an array of any shape and of any float or integer dtype.
+        kink: the derivative at 0 and at 6, a finite Python number: 0 is the slope of the flat sides, 1 that between.
 
     Raises:
         TypeError: `x` is not a real number or array, or `kink` is not a Python number.
         ValueError: `kink` is not finite.
-
-    References:
-        Krizhevsky 2010, Convolutional deep belief networks on CIFAR-10; Sandler et al. 2018, MobileNetV2
-        (arXiv:1801.04381).
 
     Examples:
         >>> import jax, jaxrelu
@@ -297,9 +290,10 @@ def relu6(x: ArrayLike, *, kink: float = 0.0) -> Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _relu6(x: Array, kink: float) -> tuple[Array, Array]:
     integer = jnp.issubdtype(x.dtype, jnp.integer)
-    top = min(6, int(jnp.iinfo(x.dtype).max)) if integer else 6  # int2 ends at 1
-    y = lowering.separate(lambda x: jnp.minimum(jnp.maximum(x, 0), top), x)
-    # CPU and GPU: XLA goes back to x from minimum(maximum(x, 0), 6)
+    top = min(6, int(jnp.iinfo(x.dtype).max)) if integer else 6  # the largest int2 is 1
+    y = lowering.separate(lambda x: jnp.minimum(jnp.maximum(x, 0), top), x)  # pyright: ignore[reportUnknownLambdaType], an Array
+    # CPU and GPU: if the rule reads minimum(maximum(x, 0), 6), XLA keeps x and computes that from it again; this form it
+    # keeps (test_memory_of_a_gradient, test_the_gradient_reads_the_output_but_on_a_tpu)
     opaque = jnp.where(x > 0, jnp.minimum(x, top), jnp.maximum(x, 0))
     return (y, y) if integer else lowering.readable(x, y, opaque, on_gpu=(opaque, opaque))
 
@@ -316,10 +310,10 @@ _relu6_jit = lowering.core(_relu6, "relu6", 1)
 
 
 def _at_kink(x: Array, kink: float, slope: Any) -> Any:
-    """Returns the slope of the inactive side, moved towards 1, the active side's, where x is 0."""
+    """Returns the inactive side's slope; where x is 0, `kink` moves it towards 1, the active side's."""
     return slope if kink == 0.0 else jnp.where(x == 0, kink + (1.0 - kink) * slope, slope)
 
 
 def _only_at_kink(at_kink: Array, kink: float, g: Array) -> Array:
-    """Returns the tangent of a flat side: kink * g at the kink, else 0."""
+    """Returns the tangent (the derivative times g) of a flat side: kink * g at the kink, else 0."""
     return jnp.zeros_like(g) if kink == 0.0 else jnp.where(at_kink, kink * g, jnp.zeros_like(g))

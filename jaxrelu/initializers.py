@@ -16,30 +16,24 @@ from jaxrelu.functions import relu
 __all__ = ["gain", "kaiming_normal", "kaiming_uniform"]
 
 _quad: Callable[..., tuple[float, float]] = integrate.quad
-
 Mode = Literal["fan_in", "fan_out", "fan_avg"]
 
 
 def gain(activation: Callable[[Array], Array], *, backward: bool = False) -> float:
-    """Returns the factor on the weights that keeps the second moment through `activation`.
+    """Returns the factor on the weights that keeps the second moment of a layer's outputs equal to that of its inputs.
 
-    `gain = 1 / sqrt(E[f(z)^2])` with z ~ N(0, 1), by adaptive quadrature in float64, with breaks at the kinks 0 and 6.
-    With `backward`, f' takes the place of f: the gain that keeps the gradient's second moment.
+    `gain = 1 / sqrt(E[f(z)^2])` for the activation f and z ~ N(0, 1) (He et al. 2015, arXiv:1502.01852). With `backward`,
+    the derivative f' takes the place of f, which keeps the second moment of the gradients. The integral is computed in
+    float64, by adaptive quadrature split at 0 and 6, where slopes jump. The result is a float, inside `jax.jit` too.
 
     Args:
-        activation: any elementwise function of a JAX scalar, differentiable if `backward`. Parameters are set by
+        activation: any elementwise function of a JAX scalar, differentiable if `backward`. Set its parameters by
             `functools.partial`.
-        backward: take the derivative's second moment instead of the value's.
-
-    Returns:
-        The gain, a Python float, inside `jax.jit` too.
+        backward: take the second moment of the derivative in place of that of the value.
 
     Raises:
         TypeError: `activation` is not callable, or maps a scalar to something else.
         ValueError: the second moment is zero or not finite.
-
-    References:
-        He et al. 2015, Delving deep into rectifiers (arXiv:1502.01852).
 
     Examples:
         >>> import functools, jaxrelu
@@ -51,7 +45,7 @@ def gain(activation: Callable[[Array], Array], *, backward: bool = False) -> flo
     """
     if not callable(activation):
         raise TypeError(f"gain: activation must be a function, e.g. jaxrelu.relu, got {activation!r}")
-    # initializers run under jit and eval_shape, and mostly with 64-bit types off
+    # initializers may run under jit and eval_shape, and mostly run with 64-bit types disabled
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         scalar: Any = jax.eval_shape(activation, jnp.float64(0.0))
         if getattr(scalar, "shape", None) != ():
@@ -59,7 +53,7 @@ def gain(activation: Callable[[Array], Array], *, backward: bool = False) -> flo
         function: Callable[[Array], Array] = jax.jit(jax.grad(activation) if backward else activation)
 
         def integrand(z: float) -> float:
-            # the density's root on each factor, as f^2 may overflow where the product does not
+            # f times the root of the density, then squared: f^2 alone might overflow where the product does not
             return (float(function(jnp.float64(z))) * math.exp(-z * z / 4)) ** 2 / math.sqrt(2 * math.pi)
 
         # beyond 40 standard deviations the density is below 1e-347
@@ -78,28 +72,22 @@ def kaiming_normal(
     batch_axis: int | Sequence[int] = (),
     dtype: DTypeLike | None = None,
 ) -> Initializer:
-    """Returns a JAX initializer that keeps the variance through `activation`: untruncated normal weights.
+    """Returns a JAX initializer (of key, shape, dtype) of normal weights that keep the variance from layer to layer.
 
-    The weights have mean 0 and variance `gain(activation)^2 / fan`. "fan_out" keeps the gradients' variance instead, and
-    takes the backward gain.
+    The weights have mean 0 and variance `gain(activation)^2 / fan`, and are not truncated (He et al. 2015,
+    arXiv:1502.01852). The mode "fan_out" keeps the variance of the gradients instead, and so takes the backward gain.
 
     Args:
         activation: the elementwise function that follows, or precedes, the layer.
-        mode: the fan: "fan_in", "fan_out" or their mean, "fan_avg".
-        in_axis: axis or axes of the inputs in the weights' shape.
-        out_axis: axis or axes of the outputs.
-        batch_axis: axis or axes to leave out of both.
-        dtype: the weights' default dtype; None takes the default float.
-
-    Returns:
-        A function of a key, a shape and optionally a dtype.
+        mode: which fan: "fan_in", the number of inputs; "fan_out", that of outputs; or "fan_avg", the mean of both.
+        in_axis: the axis or axes of the inputs in the shape of the weights.
+        out_axis: the axis or axes of the outputs.
+        batch_axis: the axis or axes that belong to neither.
+        dtype: the dtype of the weights if the initializer is not given one; None means the default float dtype.
 
     Raises:
         TypeError: `activation` is not an elementwise function.
         ValueError: `mode` is unknown, or no scale keeps the variance.
-
-    References:
-        He et al. 2015, Delving deep into rectifiers (arXiv:1502.01852).
 
     Examples:
         >>> import jax
@@ -120,9 +108,9 @@ def kaiming_uniform(
     batch_axis: int | Sequence[int] = (),
     dtype: DTypeLike | None = None,
 ) -> Initializer:
-    """Returns a JAX initializer as `kaiming_normal` does, of uniform weights with the same variance.
+    """Returns a JAX initializer of uniform weights, with the variance of `kaiming_normal`.
 
-    The weights lie within `+- gain(activation) * sqrt(3 / fan)`. Arguments, result and errors are those of `kaiming_normal`.
+    They lie between `-b` and `b = gain(activation) * sqrt(3 / fan)`. Arguments and errors are those of `kaiming_normal`.
 
     Examples:
         >>> import jax, jaxrelu

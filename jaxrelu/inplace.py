@@ -1,9 +1,9 @@
-"""The five activations in place: each donates `x`, so that the output takes over its buffer and no memory is allocated.
+"""The five activations in place: each donates `x`, which means that the output takes over the memory (the buffer) of `x`.
 
-A later use of `x` raises JAX's "Array has been deleted" error; so does a later use after an eager `jax.grad` of one of
-these, as the forward pass donates it. Inside `jax.jit` the outer function decides on donation, and these are the plain
-functions. The arguments, values and derivatives are those of `jaxrelu.functions`; `x` must be a JAX array, of a float dtype
-except for relu and relu6, as nothing else has a buffer of the output's size to give.
+A later use of `x` raises JAX's "Array has been deleted" error, also after `jax.grad` of such a function outside jit, whose
+forward pass donates `x`. Inside `jax.jit` nothing is donated: only the function that is jitted can donate its arguments.
+Arguments, values and derivatives are those of `jaxrelu.functions`. `x` must be a JAX array, as nothing else has a buffer to
+give, and of a float dtype, as integers need a new one; relu and relu6 also take integers.
 
 Examples:
     >>> import jax.numpy as jnp

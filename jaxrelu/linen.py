@@ -14,7 +14,7 @@ __all__ = ["ELU", "LeakyReLU", "PReLU", "ReLU", "ReLU6"]
 
 
 class ReLU(nn.Module):
-    """`jaxrelu.relu` as a module, which takes the options of the function."""
+    """`jaxrelu.relu` as a module, with the options of the function."""
 
     kink: float = 0.0
 
@@ -23,7 +23,7 @@ class ReLU(nn.Module):
 
 
 class LeakyReLU(nn.Module):
-    """`jaxrelu.leaky_relu` as a module, which takes the options of the function."""
+    """`jaxrelu.leaky_relu` as a module, with the options of the function."""
 
     negative_slope: float = 0.01
     kink: float = 0.0
@@ -36,17 +36,17 @@ class PReLU(nn.Module):
     """`jaxrelu.prelu` with its slope as the parameter `negative_slope`.
 
     Attributes:
-        num_parameters: 1 for one slope (a parameter of shape `()`), or C for one per channel (shape `(C,)`).
-        axis: the channels' axis in the input, if there is more than one slope.
-        negative_slope_init: a number, or a JAX initializer; `nn.with_partitioning` adds sharding metadata.
-        dtype: if given, the input and the slope are cast to it.
+        num_parameters: the number of slopes: 1 (a parameter of shape `()`), or one per channel (of shape `(channels,)`).
+        axis: the axis of the channels in the input, if there is more than one slope.
+        negative_slope_init: a number, or a JAX initializer. `nn.with_partitioning` adds sharding metadata to an initializer.
+        dtype: the dtype to which input and slope are cast; None leaves them as they are.
         param_dtype: the dtype of the parameter.
-        kink: places the derivative at 0 between that for x < 0 (kink 0) and that for x > 0 (kink 1).
+        kink: moves the derivative at 0 from its value for x < 0 (kink 0) to 1 (kink 1).
 
     Raises:
-        TypeError: `num_parameters` is no positive int, or `dtype` or `param_dtype` no float dtype; or, in the call,
-            `negative_slope_init` is neither a number nor an initializer.
-        ValueError: the input's size along `axis` is not `num_parameters`; raised by the call.
+        TypeError: `num_parameters` is not a positive int, or `dtype` or `param_dtype` is not a float dtype; or, when the
+            module is called, `negative_slope_init` is neither a number nor an initializer.
+        ValueError: the input's size along `axis` is not `num_parameters`. It is raised when the module is called.
 
     Examples:
         >>> import jax, jaxrelu.linen
@@ -75,7 +75,7 @@ class PReLU(nn.Module):
 
 
 class ELU(nn.Module):
-    """`jaxrelu.elu` as a module, which takes the options of the function."""
+    """`jaxrelu.elu` as a module, with the options of the function."""
 
     alpha: float = 1.0
     kink: float = 0.0
@@ -86,7 +86,7 @@ class ELU(nn.Module):
 
 
 class ReLU6(nn.Module):
-    """`jaxrelu.relu6` as a module, which takes the options of the function."""
+    """`jaxrelu.relu6` as a module, with the options of the function."""
 
     kink: float = 0.0
 

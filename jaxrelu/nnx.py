@@ -16,7 +16,7 @@ __all__ = ["ELU", "LeakyReLU", "PReLU", "ReLU", "ReLU6"]
 
 
 class ReLU(nnx.Module):
-    """`jaxrelu.relu` as a module, which takes the options of the function."""
+    """`jaxrelu.relu` as a module, with the options of the function."""
 
     def __init__(self, *, kink: float = 0.0) -> None:
         self.kink = kink
@@ -26,11 +26,10 @@ class ReLU(nnx.Module):
 
 
 class LeakyReLU(nnx.Module):
-    """`jaxrelu.leaky_relu` as a module, which takes the options of the function."""
+    """`jaxrelu.leaky_relu` as a module, with the options of the function."""
 
     def __init__(self, negative_slope: float = 0.01, *, kink: float = 0.0) -> None:
-        self.negative_slope = negative_slope
-        self.kink = kink
+        self.negative_slope, self.kink = negative_slope, kink
 
     def __call__(self, x: ArrayLike) -> Array:
         return functions.leaky_relu(x, self.negative_slope, kink=self.kink)
@@ -41,13 +40,11 @@ class PReLU(nnx.Module):
 
     Args:
         num_parameters, axis, negative_slope_init, dtype, param_dtype, kink: as in `jaxrelu.linen.PReLU`.
-        negative_slope_metadata: metadata of the parameter, e.g. `{"out_sharding": ("model",)}`.
-        rngs: needed only by a random `negative_slope_init`; its stream is "params".
+        negative_slope_metadata: metadata of the parameter, such as `{"out_sharding": ("model",)}`.
+        rngs: needed only by a random `negative_slope_init`, which takes a key from the stream "params".
 
     Raises:
-        TypeError: `num_parameters` is no positive int, `dtype` or `param_dtype` no float dtype, `negative_slope_init`
-            neither a number nor an initializer, or it needs a key and `rngs` is None.
-        ValueError: the input's size along `axis` is not `num_parameters`; raised by the call.
+        TypeError, ValueError: as in `jaxrelu.linen.PReLU`; also TypeError if a random `negative_slope_init` has no `rngs`.
 
     Examples:
         >>> import jax, jaxrelu.nnx
@@ -80,20 +77,17 @@ class PReLU(nnx.Module):
                 f"PReLU: rngs must be given for a random negative_slope_init, got None ({error}); pass rngs=nnx.Rngs(0)"
             ) from error
         self.negative_slope = nnx.Param(slope, **negative_slope_metadata)
-        self.axis = axis
-        self.dtype = dtype
-        self.kink = kink
+        self.axis, self.dtype, self.kink = axis, dtype, kink
 
     def __call__(self, x: ArrayLike) -> Array:
         return _flax.apply(x, self.negative_slope[...], self.axis, self.dtype, self.kink)
 
 
 class ELU(nnx.Module):
-    """`jaxrelu.elu` as a module, which takes the options of the function."""
+    """`jaxrelu.elu` as a module, with the options of the function."""
 
     def __init__(self, alpha: float = 1.0, *, kink: float = 0.0, save: Literal["input", "output"] = "input") -> None:
-        self.alpha = alpha
-        self.kink = kink
+        self.alpha, self.kink = alpha, kink
         self.save: Literal["input", "output"] = save
 
     def __call__(self, x: ArrayLike) -> Array:
@@ -101,7 +95,7 @@ class ELU(nnx.Module):
 
 
 class ReLU6(nnx.Module):
-    """`jaxrelu.relu6` as a module, which takes the options of the function."""
+    """`jaxrelu.relu6` as a module, with the options of the function."""
 
     def __init__(self, *, kink: float = 0.0) -> None:
         self.kink = kink

@@ -1,1 +1,1 @@
-"""Programs as data: an interpreter of what JAX traced, and the marks that tell an activation in it."""
+"""Programs as data: an interpreter of the programs that JAX traces, and how to tell an activation in them."""

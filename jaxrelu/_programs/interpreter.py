@@ -1,7 +1,7 @@
 """An interpreter of jaxprs, the programs that JAX traces, driven by a visitor.
 
-It runs a program equation by equation, enters the functions that equations call (jit, scan, remat, cond, shard_map), and
-brings out what a visitor finds there. What it needs to know of the parameters of JAX's primitives stands in this file.
+It runs a program equation by equation, enters what an equation calls (jit, scan, remat, cond, shard_map; one `_enter_...`
+function for each), and brings out what a visitor finds there. All knowledge of the parameters of JAX's primitives is here.
 """
 
 import contextlib
@@ -23,48 +23,43 @@ __all__ = ["Found", "Step", "Visitor", "bind", "interpreted", "names_in", "opene
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Something that a visitor found.
+    """What a visitor found in one equation, and a name: the named scopes around it and the visitor's own, "hidden1/relu"."""
 
-    Attributes:
-        value: a pytree of arrays; behind a scan each has an axis more, in front, of the scan's steps.
-        name: the named scopes around the equation, and the visitor's name for it: "hidden1/relu".
-    """
-
-    value: Any
+    value: Any  # a pytree of arrays; each scan around the equation adds to each array a leading axis, that of its steps
     name: str = dataclasses.field(metadata={"static": True})
 
 
-# an equation as a function of its inputs, to its outputs and what was found in it
+# an equation as a function: it takes the equation's inputs, and returns its outputs and what was found in it
 Step = Callable[..., tuple[Sequence[Any], list[Found]]]
 
 
 class Visitor(Protocol):
-    """What is looked for in a program, and what becomes of it."""
+    """Says which equations are looked for in a program, and what is done there."""
 
     def name(self, eqn: core.JaxprEqn) -> str | None:
-        """Returns a name if the equation itself is looked for, "" to leave it and what it calls, None to look inside."""
+        """Returns a name for an equation that is looked for, "" to ignore it and all that it calls, None to look inside."""
 
     def visit(self, eqn: core.JaxprEqn) -> Step:
         """Returns how to run an equation that is looked for."""
         ...
 
     def branch_not_taken(self, value: Any) -> Any:
-        """Returns what is found in a branch of cond that is not taken, in the shapes of what is found when it is."""
+        """Returns what a branch of cond has found that is not taken, given what it would find if it were taken."""
 
     def across_devices(self, value: Any, axes: tuple[str, ...], check_vma: bool) -> Any:
-        """Returns what the devices along some axes of a shard_map found, in one that is the same on all."""
+        """Returns, the same on all devices, what the devices along these mesh axes of a shard_map have found together."""
 
     def cannot_enter(self, eqn: core.JaxprEqn, names: Sequence[str]) -> None:
-        """Hears of what is looked for inside an equation that cannot be entered, each time that it runs."""
+        """Is called, each time the equation runs, if it cannot be entered and has equations that are looked for inside."""
 
 
 def opened(jaxpr: Any) -> Any:
-    """Returns a jaxpr without its constants; JAX 0.12 has one class for both."""
+    """Returns a jaxpr without its constants; JAX 0.12 has one class for both kinds."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def names_in(eqn: core.JaxprEqn, visitor: Visitor) -> list[str]:
-    """Returns the names of what is looked for in an equation and in all that it calls, sorted, each once."""
+    """Returns the sorted names of the equations that are looked for: this one, and in all that it calls, each once."""
     if (name := visitor.name(eqn)) is not None:
         return [name] if name else []
     bodies = core.jaxprs_in_params(eqn.params)
@@ -72,18 +67,18 @@ def names_in(eqn: core.JaxprEqn, visitor: Visitor) -> list[str]:
 
 
 def bind(eqn: core.JaxprEqn, *args: Any) -> Sequence[Any]:
-    """Returns an equation's outputs, run as it stands."""
+    """Runs an equation unchanged and returns its outputs."""
     outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
     return outs if eqn.primitive.multiple_results else [outs]
 
 
 def interpreted(jaxpr: Any, visitor: Visitor) -> Step:
-    """Returns a program as a function to its outputs and what was found, in order of execution.
+    """Returns a program as a function that returns its outputs and what was found, in order of execution.
 
-    Keep it, as it is compiled once: what it enters is jitted.
+    Call the same function again, not interpreted() again: it jits what it enters, and that is compiled once.
     """
     constants, jaxpr = getattr(jaxpr, "consts", ()), opened(jaxpr)
-    # some transformations of Flax leave equations whose results nobody reads
+    # only equations whose results are read, or that have effects: some transformations of Flax leave others
     live, steps = {v for v in jaxpr.outvars if isinstance(v, core.Var)}, []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or not live.isdisjoint(eqn.outvars):
@@ -108,7 +103,7 @@ def interpreted(jaxpr: Any, visitor: Visitor) -> Step:
 
 
 def _scope(eqn: core.JaxprEqn) -> str:
-    """Returns the named scopes around an equation, without the transformations: "vmap(mlp)/hidden1" is mlp/hidden1."""
+    """Returns the named scopes around an equation without JAX's transformations: mlp/hidden1 for "vmap(mlp)/hidden1"."""
     return re.sub(r"\w+\(|\)", "", str(eqn.source_info.name_stack)).strip("/").replace("//", "/")
 
 
@@ -117,7 +112,7 @@ def _step(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
         return visitor.visit(eqn)
     names = names_in(eqn, visitor)
     if names and eqn.primitive.name in _ENTER:
-        # jitted, as the primitive alone would be; literals become arrays
+        # jitted, so that it is compiled as one program, as the primitive alone is; a literal may be a Python number
         entered = jax.jit(_ENTER[eqn.primitive.name](eqn, visitor))
 
         def enter(*args: Any) -> tuple[Sequence[Any], list[Found]]:
@@ -134,7 +129,7 @@ def _step(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
 
 
 def origin(jaxpr: Any, v: Any) -> Any:
-    """Returns the variable whose very value this one has, where jit and remat pass it through, as those of Flax nnx do."""
+    """Returns the variable that v is a copy of if jit or remat passed it through unchanged, as in Flax nnx; else v."""
     for eqn in reversed(opened(jaxpr).eqns):
         if eqn.primitive.name in ("jit", "remat2") and v in eqn.outvars:
             body = opened(eqn.params["jaxpr"])
@@ -144,7 +139,7 @@ def origin(jaxpr: Any, v: Any) -> Any:
     return v
 
 
-# Each function below returns an equation's own transformation of its interpreted body.
+# Each function below applies the transformation that the equation stands for, such as scan, to the interpreted body.
 
 
 def _enter_jit(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
@@ -163,7 +158,7 @@ def _enter_jit(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
 
 def _enter_scan(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
     run, body = interpreted(eqn.params["jaxpr"], visitor), opened(eqn.params["jaxpr"])
-    # the parameters that say so differ between JAX 0.10 and 0.12, but scanned arrays have an axis that the body does not see
+    # counted by rank, as a scanned array has an axis that the body does not see; the parameters for it differ by JAX version
     carries, unscanned = _same_rank(eqn.outvars, body.outvars), _same_rank(eqn.invars, body.invars)
     loop = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
 

@@ -1,4 +1,4 @@
-"""How to tell in a traced program the activations that `jaxrelu._lowering` named and marked."""
+"""How to tell an activation in a traced program: by the name and the marks that `jaxrelu._lowering` gave it."""
 
 import functools
 from collections.abc import Callable
@@ -15,14 +15,14 @@ __all__ = ["activation", "core_of", "is_differentiated", "unit_axes"]
 
 
 def activation(eqn: core.JaxprEqn) -> str | None:
-    """Returns the name of the activation that an equation calls, differentiated or not; None for other equations."""
+    """Returns the name of the activation, or of its derivative, that an equation calls; None for all other equations."""
     if eqn.primitive is not primitives.jit_p or not eqn.params["name"].startswith(TAG):
         return None
     return eqn.params["name"].removeprefix(TAG)
 
 
 def is_differentiated(eqn: core.JaxprEqn) -> bool:
-    """Returns whether an activation's equation is its derivative, or a part of it: it does not end in the core."""
+    """Returns whether an activation's equation computes a derivative or a part of one: it does not end with the core."""
     if len(eqn.outvars) != 1:
         return True
     body = opened(eqn.params["jaxpr"])
@@ -34,7 +34,7 @@ def is_differentiated(eqn: core.JaxprEqn) -> bool:
 
 
 def unit_axes(eqn: core.JaxprEqn) -> tuple[int, int] | None:
-    """Returns the unit axis of an activation's input and output, mapped axes counted, or None if it was given a scalar."""
+    """Returns the axes of input and output along which an activation's units lie; None if it was given a scalar."""
     steps = opened(eqn.params["jaxpr"]).eqns
     if steps[0].primitive is not lax.split_p:
         return None
@@ -43,7 +43,7 @@ def unit_axes(eqn: core.JaxprEqn) -> tuple[int, int] | None:
 
 
 def core_of(eqn: core.JaxprEqn) -> Callable[..., Array]:
-    """Returns what an activation's equation calls as a function: the same one for the same program."""
+    """Returns what an activation's equation calls as a function. The same program gives the same function object."""
     return _function(eqn.params["jaxpr"])
 
 

@@ -1,14 +1,6 @@
 """Find dying units: statistics of every activation in any JAX model, and reports on them.
 
-`observe` needs no edit to the model; `unit_stats` takes pre-activations that are at hand.
-
-Examples:
-    >>> import jax, jaxrelu
-    >>> from jaxrelu import diagnostics
-    >>> layer = lambda x: jaxrelu.relu(x - jax.numpy.array([0.0, 9.0]))
-    >>> out, stats = diagnostics.observe(layer)(jax.numpy.array([[1.0, 2.0], [-1.0, 3.0], [4.0, 5.0]]))
-    >>> stats["relu"].dead, stats["relu"].fired, stats["relu"].count
-    (Array([False,  True], dtype=bool), array([2, 0]), 3)
+`observe` takes the statistics of a model without an edit to it; `unit_stats` takes those of an array.
 """
 
 from jaxrelu.diagnostics.observe import Stats, observe

@@ -1,11 +1,14 @@
-"""`observe`: the statistics of every activation in a program, found by the interpreter of `jaxrelu._programs`."""
+"""`observe`: the statistics of every activation that a function calls.
+
+The interpreter of `jaxrelu._programs` runs the traced function, scans too; `_Observer` says what happens at an activation.
+"""
 
 import functools
 import itertools
 import types
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +28,7 @@ Stats = OrderedDict[str, UnitStats]
 
 
 class _Static:
-    """A leaf that is no array, as a part of the tree's structure. Equal if of the same type and equal."""
+    """A value that is no array, as a part of a pytree's structure. Two are equal if value and type are."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -45,44 +48,45 @@ jax.tree_util.register_pytree_node(_Static, lambda static: ((), static), lambda 
 def observe(f: Callable[..., Any]) -> Callable[..., tuple[Any, Stats]]:
     """Returns `f` with the statistics of every jaxrelu activation called inside it, with no edit to `f`.
 
-    The activations may be called as functions or modules, under jit, scan, remat, cond, shard_map and vmap. The unit axis is
-    the last axis of what the activation was given, seen from inside vmap; all other axes, mapped axes and devices hold
-    examples. An activation inside scan is one entry; its arrays have a leading axis for each scan around it. The output is
-    that of `f`, bit for bit; so is its gradient under jit, while outside jit it may differ by rounding.
+    The activations may be called as functions or modules, and under jit, scan, remat, cond, shard_map and vmap. The units of
+    an activation lie along the last axis of its input, as the code inside vmap sees it. All other axes, those that vmap maps
+    and the devices of a mesh hold examples. An activation inside scan has one entry, whose arrays have a leading axis for
+    each scan around it. Output and gradient are those of `f`, bit for bit; a gradient outside jit may differ by rounding.
 
-    Where channels come first, as in `equinox.nn.Conv2d`, the last axis of positions is taken for the units. An activation
-    that is mapped over scalars, as in `equinox.nn.MLP`, counts as one unit, with a warning.
+    Where channels come first, as in `equinox.nn.Conv2d`, the last axis of positions is wrongly taken for the units. An
+    activation that vmap calls with scalars, as in `equinox.nn.MLP`, counts as one unit, with a warning.
 
-    `f` is traced, once for the same shapes as by `jax.jit`: arrays that it closes over are read then. A model that is a
-    pytree, or whose bound method is passed, is read at each call.
+    `f` is traced once for arguments of the same shapes, as `jax.jit` does: an array that `f` closes over is read only then.
+    A model is read at each call if it is a pytree, or if `f` is one of its methods.
 
     Args:
         f: any function. Arrays among its arguments are traced; numbers, strings, flags and None reach it as they are.
 
     Returns:
-        A function of the arguments of `f`. It returns the output of `f` and an OrderedDict, in order of execution, from a
-        name to UnitStats. The name is that of the named scopes around the activation, which is the module's path in Flax
-        linen, and of the activation: "hidden1/relu". Equal ones are numbered: "relu", "relu_1".
+        A function of the arguments of `f`. It returns the output of `f` and an OrderedDict of UnitStats by name, in order of
+        execution. A name has the named scopes around the activation, which in Flax linen are the path of the module, and
+        then the activation: "hidden1/relu". If the same name comes again, it is numbered: "relu", "relu_1".
 
     Raises:
         TypeError: `f` is not callable.
         ValueError: `f` replaces an array in one of its arguments, as a model that changes its own state does.
 
     Warns:
-        UserWarning: an activation's statistics cannot be brought out of where it is called, a while_loop, say; or it was
+        UserWarning: an activation is called where its statistics cannot be brought out, such as a while_loop, or it was
             given scalars under vmap.
 
     Examples:
         >>> import jax, jaxrelu
         >>> from jaxrelu import diagnostics
-        >>> out, stats = diagnostics.observe(lambda x: jaxrelu.elu(jaxrelu.relu(x)))(jax.numpy.array([[1.0, -2.0]]))
-        >>> [(name, s.firing_rate.tolist()) for name, s in stats.items()]
-        [('relu', [1.0, 0.0]), ('elu', [1.0, 0.0])]
+        >>> model = lambda x: jaxrelu.elu(jaxrelu.relu(x - jax.numpy.array([0.0, 9.0])))
+        >>> out, stats = diagnostics.observe(model)(jax.numpy.array([[1.0, 2.0], [-1.0, 3.0], [4.0, 5.0]]))
+        >>> list(stats), stats["relu"].dead, stats["relu"].fired, stats["relu"].count
+        (['relu', 'elu'], Array([False,  True], dtype=bool), array([2, 0]), 3)
     """
     if not callable(f):
         raise TypeError(f"observe: f must be a function, got {f!r}; pass the model, not its output")
     traces: dict[_Static, Callable[..., Any]] = {}
-    # its own, as a jaxpr holds the arrays that f closes over
+    # caches of this call of observe, not of the module: a jaxpr keeps the arrays alive that f closes over
     interpret = functools.lru_cache(512)(functools.partial(interpreted, visitor=_Observer()))
     loses = functools.lru_cache(512)(_loses)
 
@@ -92,9 +96,10 @@ def observe(f: Callable[..., Any]) -> Callable[..., tuple[Any, Stats]]:
         if isinstance(f, types.MethodType):
             function, args = f.__func__, (f.__self__, *args)
         leaves, tree = jax.tree.flatten((function, args, kwargs))
-        key = _Static((tree, [None if _is_array(x) else _Static(x) for x in leaves]))
+        constants = [None if _is_array(x) else _Static(x) for x in leaves]
+        key = _Static((tree, constants))
         if key not in traces:
-            traces[key] = jax.make_jaxpr(_function_of_arrays(leaves, tree), return_shape=True)
+            traces[key] = jax.make_jaxpr(_function_of_arrays(constants, tree), return_shape=True)
         arrays = [x for x in leaves if _is_array(x)]
         with being_observed(True):
             jaxpr, (out, left) = traces[key](*arrays)
@@ -108,25 +113,24 @@ def observe(f: Callable[..., Any]) -> Callable[..., tuple[Any, Stats]]:
         for found in everything:
             stats[_unused(found.name, stats)] = found.value
         results = jax.tree.unflatten(jax.tree.structure(out), results[: len(results) - len(left)])
-        return jax.tree.map(_bare, results, is_leaf=_is_static), stats
+        outputs, structure = jax.tree.flatten(results, is_leaf=_is_static)
+        return structure.unflatten([x.value if isinstance(x, _Static) else x for x in outputs]), stats
 
     return observed
 
 
-def _function_of_arrays(leaves: list[Any], tree: Any) -> Callable[..., Any]:
-    """Returns the function in the flattened call as one of its arrays only.
+def _function_of_arrays(constants: list[_Static | None], tree: Any) -> Callable[..., Any]:
+    """Returns a flattened call as a function of its arrays; among the constants None stands for each of them.
 
-    The output holds other leaves as _Static, and comes with the arrays as the call left them.
+    It returns the output, with a _Static for all that is no array, and the arguments' arrays as the call left them.
     """
-    constants = [None if _is_array(x) else x for x in leaves]
-    places = [i for i, x in enumerate(leaves) if _is_array(x)]
 
     def call(*arrays: Array) -> Any:
-        filled = list(constants)
-        for i, x in zip(places, arrays, strict=True):
-            filled[i] = x
-        function, args, kwargs = inputs = jax.tree.unflatten(tree, filled)
-        out = jax.tree.map(_boxed, function(*args, **kwargs))
+        rest = iter(arrays)
+        leaves = [next(rest) if x is None else x.value for x in constants]
+        function, args, kwargs = inputs = jax.tree.unflatten(tree, leaves)
+        outputs, structure = jax.tree.flatten(function(*args, **kwargs))
+        out = structure.unflatten([x if _is_array(x) else _Static(x) for x in outputs])
         return out, [x for x in jax.tree.leaves(inputs) if _is_array(x)]
 
     return call
@@ -136,27 +140,19 @@ def _is_array(x: object) -> bool:
     return isinstance(x, jax.Array) or (isinstance(x, np.ndarray) and x.dtype.kind not in "OSUMm")
 
 
-def _boxed(x: Any) -> Any:
-    return x if _is_array(x) else _Static(x)
-
-
-def _bare(x: Any) -> Any:
-    return x.value if isinstance(x, _Static) else x
-
-
 def _is_static(x: object) -> bool:
     return isinstance(x, _Static)
 
 
-def _unused(name: str, names: Iterable[str]) -> str:
-    taken = set(names)
+def _unused(name: str, stats: Stats) -> str:
     numbered = (f"{name}_{i}" if i else name for i in itertools.count())
-    return next(candidate for candidate in numbered if candidate not in taken)
+    return next(candidate for candidate in numbered if candidate not in stats)
 
 
 def _loses(jaxpr: Any, number: int) -> bool:
-    """Returns whether the last outputs, the arguments as the call left them, are neither what they were nor returned."""
+    """Returns whether an array in the arguments was replaced by one that is not returned."""
     jaxpr = opened(jaxpr)
+    # the last outputs of the program, this number of them, are the arrays in the arguments as the call left them
     split = len(jaxpr.outvars) - number
     outputs, left = jaxpr.outvars[:split], jaxpr.outvars[split:]
     if number != len(jaxpr.invars):
@@ -165,7 +161,7 @@ def _loses(jaxpr: Any, number: int) -> bool:
 
 
 class _Observer(Visitor):
-    """Takes the statistics of every activation."""
+    """What `observe` does at each activation, and at each place where the interpreter brings statistics out."""
 
     def name(self, eqn: core.JaxprEqn) -> str | None:
         name = marks.activation(eqn)
@@ -175,9 +171,8 @@ class _Observer(Visitor):
         name = self.name(eqn) or ""
 
         def differentiated(*args: Any) -> tuple[Sequence[Any], list[Found]]:
-            _warn_unseen(
-                [name], "a differentiated function", "observe inside it: jax.value_and_grad(observe(loss), has_aux=True)"
-            )
+            remedy = "observe inside it: jax.value_and_grad(observe(loss), has_aux=True)"
+            _warn_unseen([name], "a differentiated function", remedy)
             return bind(eqn, *args), []
 
         if marks.is_differentiated(eqn):
@@ -197,7 +192,7 @@ class _Observer(Visitor):
         return nothing_seen(value)
 
     def across_devices(self, value: UnitStats, axes: tuple[str, ...], check_vma: bool) -> UnitStats:
-        if check_vma:  # devices that do the same work have seen nothing new
+        if check_vma:  # JAX then knows along which axes values vary; along all others the devices saw the same examples
             varying = jax.typeof(value.extremes).manual_axis_type.varying
             axes = tuple(axis for axis in axes if axis in varying)
         return all_reduce(value, axes) if axes else value

@@ -15,7 +15,7 @@ from jaxrelu.diagnostics.stats import UnitStats, exact
 
 __all__ = ["check_init", "gradient_flow", "summary", "to_scalars"]
 
-# how a layer's units become one number
+# what makes one number of a layer's units, by statistic
 _MEANS = ("dead", "firing_rate", "sparsity", "saturation", "zero_gradient", "mean", "variance")
 _EXTREMES = {"margin": jnp.min, "dormancy": jnp.min, "min": jnp.min, "max": jnp.max}
 _OF_UNITS: dict[str, Callable[..., Array]] = {**dict.fromkeys(_MEANS, jnp.mean), **_EXTREMES}
@@ -26,14 +26,14 @@ _HEAD = ("layer", "units", *_SHARES, "least dormancy", "margin", "mean", "sd", "
 def to_scalars(stats: Mapping[str, UnitStats]) -> dict[str, float]:
     """Returns the statistics of each layer as Python numbers for a log, with one transfer from the device.
 
-    The share of dead units; the mean over units of firing_rate, sparsity, saturation, zero_gradient, mean and variance; the
-    least margin, dormancy and min, the greatest max; count, and the sums of fired and nonfinite, as ints.
+    They are the share of dead units; the mean over the units of firing_rate, sparsity, saturation, zero_gradient, mean and
+    variance; the least margin, dormancy and min; the greatest max; and, as ints, count and the sums of fired and nonfinite.
 
     Args:
         stats: UnitStats by name, as `observe` returns them.
 
     Returns:
-        Numbers by "name/statistic", e.g. "hidden1/relu/dead"; "name[0]/statistic" for the first layer of a scan.
+        Numbers by "name/statistic", such as "hidden1/relu/dead"; for the first layer of a scan "name[0]/statistic".
 
     Examples:
         >>> import jax
@@ -46,16 +46,10 @@ def to_scalars(stats: Mapping[str, UnitStats]) -> dict[str, float]:
 
 
 def summary(stats: Mapping[str, UnitStats]) -> str:
-    """Returns a table of the layers in order, with one transfer from the device.
+    """Returns a table with one row per layer, as text, with one transfer from the device.
 
-    Shares are those of examples, averaged over the units. The least dormancy of a unit tells dormant units from dead ones,
-    the margin how far below the kink the deepest unit stays.
-
-    Args:
-        stats: UnitStats by name, as `observe` returns them.
-
-    Returns:
-        Lines of text.
+    It takes what `to_scalars` takes and shows the same numbers. Shares are shares of the examples, averaged over the units.
+    The least dormancy is 0 if a unit is dead; the margin says how far below 0 the deepest unit stays.
     """
     lines: list[tuple[str, ...]] = [_HEAD]
     for name, row in _rows(stats):
@@ -68,19 +62,15 @@ def summary(stats: Mapping[str, UnitStats]) -> str:
 
 
 def check_init(f: Callable[..., Any], *args: Any) -> None:
-    """Warns of units that are dead at birth and of parameters without a gradient, before any training.
+    """Warns of units that are dead at birth (Lu et al. 2020, arXiv:1903.06733) and of parameters without a gradient.
 
     Args:
-        f: a model: a function of its parameters first. An nnx model holds its own: `check_init(lambda model, x: model(x),
-            model, batch)`.
-        *args: the parameters, and a batch large enough to tell a dead unit from a rare one.
+        f: a function whose first argument is the parameters; of an nnx model, `lambda model, x: model(x)`, then the model.
+        *args: the parameters, and a batch large enough to tell a dead unit from one that rarely fires.
 
     Warns:
-        UserWarning: for each layer with dead units their number, and the paths of the parameters for which the gradient of
-            the summed outputs is all zero.
-
-    References:
-        Lu et al. 2020, Dying ReLU and initialization (arXiv:1903.06733).
+        UserWarning: for each layer with dead units, their number; and the paths of those parameters in which the gradient
+            of the summed outputs is 0 everywhere.
     """
     for name, row in _rows(observe(f)(*args)[1]):
         if row["dead"]:
@@ -101,19 +91,16 @@ def check_init(f: Callable[..., Any], *args: Any) -> None:
 
 
 def gradient_flow(loss: Callable[..., Array], params: Any, *args: Any) -> dict[str, float]:
-    """Returns the root mean square of the loss's gradient in each layer: where it vanishes or explodes.
+    """Returns the root mean square of the gradient in each layer, which may vanish or explode (Glorot and Bengio 2010).
 
     Args:
-        loss: a scalar function of the parameters first.
+        loss: a function that returns a scalar and whose first argument is the parameters.
         params: the parameters, a pytree.
-        *args: what else `loss` takes.
+        *args: the other arguments of `loss`.
 
     Returns:
-        Python floats by layer path, in natural order: layer_2 before layer_10. The path joins by "/" the keys that lead to
-        what holds the arrays, without Flax linen's leading "params", or to an array that nothing holds.
-
-    References:
-        Glorot and Bengio 2010, Understanding the difficulty of training deep feedforward neural networks.
+        Python floats by the path of a layer, with layer_2 before layer_10. The path is the keys that lead to the layer's
+        arrays, joined by "/", without the leading "params" of Flax linen; an array outside all layers has a path of its own.
 
     Examples:
         >>> from jaxrelu import diagnostics
@@ -124,11 +111,10 @@ def gradient_flow(loss: Callable[..., Array], params: Any, *args: Any) -> dict[s
     for path, gradient in _gradients(loss, params, *args):
         path = path.removeprefix("params/")
         layers.setdefault(path.rpartition("/")[0] or path, []).append(gradient.ravel())
-    # in float64 on the host, as the square of a vanishing gradient is no float32
+    # in NumPy's float64, because the square of a vanishing gradient is 0 in float32
     rms = {path: float(np.sqrt(np.mean(np.concatenate(parts) ** 2))) for path, parts in layers.items()}
-    return {
-        path: rms[path] for path in sorted(rms, key=lambda p: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", p)])
-    }
+    order = sorted(rms, key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", path)])
+    return {path: rms[path] for path in order}
 
 
 def _gradients(function: Callable[..., Array], params: Any, *args: Any) -> list[tuple[str, np.ndarray]]:
@@ -140,16 +126,13 @@ def _gradients(function: Callable[..., Array], params: Any, *args: Any) -> list[
         return function(jax.tree.unflatten(tree, [floats.get(i, x) for i, (_, x) in enumerate(leaves)]), *args)
 
     gradients = jax.device_get(jax.grad(of_floats)(floats))
-    return [(_path(leaves[i][0]), np.asarray(g, np.float64)) for i, g in gradients.items()]
-
-
-def _path(path: Any) -> str:
-    joined = jax.tree_util.keystr(path, simple=True, separator="/")
-    return joined.removesuffix("/value")  # inside Flax's variables
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    # Flax may keep an array in a box, which adds "value" to the path
+    return [(names[i].removesuffix("/value"), np.asarray(g, np.float64)) for i, g in gradients.items()]
 
 
 def _rows(stats: Mapping[str, UnitStats]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields a name and Python numbers for each layer; the layers of a scan one by one."""
+    """Yields the name and the Python numbers of each layer; a scan gives several layers."""
     numbers, counts = jax.device_get(_reduced(list(stats.values())))
     for name, number, (seen, counted) in zip(stats, numbers, counts, strict=True):
         count, fired, nonfinite = exact(seen)[..., 0], *np.moveaxis(exact(counted)[..., :2, :], -2, 0)

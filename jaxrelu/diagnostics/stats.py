@@ -1,4 +1,4 @@
-"""What is known of each unit: counts, extremes and running means that can be merged in any order."""
+"""`UnitStats`: counts, extremes and means of each unit's input z and output h, which can be merged in any order."""
 
 import dataclasses
 import functools
@@ -19,14 +19,13 @@ from jaxrelu import _lowering, functions
 __all__ = ["STATISTICS", "UnitStats", "all_reduce", "exact", "merge", "nothing_seen", "statistics", "unit_stats"]
 
 _Stats = TypeVar("_Stats")
-_ROWS = 128  # rows summed at once: four counts of up to 255 share one uint32, and short sums stay accurate
-_SAMPLES = 16  # rows whose mean is subtracted before the variance is taken
-# under this name `observe` knows that there is nothing to see inside
-STATISTICS = "statistics"
+_ROWS = 128  # rows summed at once: up to 255, as four counts share one uint32, and few, as short sums are accurate
+_SAMPLES = 16  # rows of which the mean is subtracted from all before the variance is computed
+STATISTICS = "statistics"  # the name of a call by which `observe` knows that an activation inside is not the model's
 
 
 def exact(limbs: Any) -> Any:
-    """Returns integers below 2^64 from their low and high 32 bits, which lie along the last axis but one."""
+    """Returns integers as NumPy's, given their low and high 32 bits as two uint32 along the last axis but one."""
     try:
         low, high = np.moveaxis(np.asarray(limbs), -2, 0).astype(np.int64)
     except jax.errors.TracerArrayConversionError:
@@ -38,7 +37,7 @@ def exact(limbs: Any) -> Any:
 
 
 def _sum(a: Array, b: Array) -> Array:
-    """Returns the sum of two integers of two uint32, as JAX has no 64-bit integers by default."""
+    """Returns the sum of integers that are two uint32 each, because JAX has no 64-bit integers by default."""
     low = a[..., 0, :] + b[..., 0, :]
     high = a[..., 1, :] + b[..., 1, :] + (low < a[..., 0, :]).astype(jnp.uint32)
     return jnp.stack([low, high], -2)
@@ -53,7 +52,7 @@ def _floating(limbs: Array, dtype: Any) -> Array:
 
 
 def _step(mean: Array, by: Array) -> Array:
-    """Returns running means moved by a step; each is an unevaluated sum of two floats, so that many small steps add up."""
+    """Returns running means moved by a step. A mean is the sum of two floats, so that many small steps do not get lost."""
     high, low = mean[..., 0, :], mean[..., 1, :]
     total = high + by
     rest = total - high
@@ -67,42 +66,34 @@ def _step(mean: Array, by: Array) -> Array:
 class UnitStats:
     """Statistics of the units of one layer, over all examples and positions seen.
 
-    A pytree of four arrays. Their last axis is that of the units; each scan around the layer adds an axis in front. Before
-    anything is seen, shares and means are NaN, and no unit is dead. Two are equal if they are the same object.
+    z is a unit's pre-activation, the input of its activation; h is the activation's output. The last axis of all arrays is
+    that of the units; each scan around the layer adds an axis in front. Before any example is seen, shares and means are
+    NaN, and no unit is dead. It is a pytree of four arrays, and equal to no other object.
 
     Attributes:
-        seen: examples and positions, `(2, 1)`; an integer is two uint32, its low and its high bits.
-        counts: how often z > 0, was not finite, z >= 6, the derivative was 0: integers, `(4, 2, units)`.
-        extremes: the least z and the least -z, `(2, units)`.
-        means: running means of z, its squared distance from the mean and |h|, `(3, 2, units)`, each the sum of two floats.
-        count: examples and positions seen, non-finite ones included; an int, or an array under scan.
-        fired, nonfinite: how often z > 0, and how often z was NaN or infinite. These three are exact up to 2^63 and can be
-            read outside jit only.
+        count: the number of examples and positions seen, also those with z not finite; an int, or an array under scan.
+        fired, nonfinite: how often z > 0, and how often z was NaN or infinite. Like `count`, they are exact up to 2^63;
+            inside jit they raise a TypeError.
         dead: whether z was always finite and never above 0.
-        firing_rate, sparsity: share of z > 0, and the rest.
-        min, max: extremes of the pre-activation z.
-        margin: max z, which is how far below the kink a dead unit lies.
-        dormancy: E|h| of the unit over the mean of E|h| in the layer, h being the activation's output; 0 in a layer
-            without output, NaN for a unit whose E|h| is not finite, which the mean leaves out.
-        saturation: share of z >= 6.
-        zero_gradient: share of examples at which the activation's derivative is 0; integers have none, which counts as 0.
-        mean, variance: of z; the variance is the population's, NaN for a unit with non-finite z.
-
-    Raises:
-        TypeError: count, fired or nonfinite is read inside jit.
-
-    References:
-        Sokar et al. 2023, The dormant neuron phenomenon in deep reinforcement learning (arXiv:2302.12902).
+        firing_rate, sparsity: the share of examples with z > 0, and the share of the others.
+        min, max: the least and the greatest z.
+        margin: the greatest z: for a dead unit, how far below 0 it stays.
+        dormancy: the mean of |h|, divided by the layer's mean of that (Sokar et al. 2023, arXiv:2302.12902). It is 0 in a
+            layer whose h are all 0, and NaN for a unit whose mean is not finite; the layer's mean leaves such units out.
+        saturation: the share of z >= 6.
+        zero_gradient: the share of examples at which the activation's derivative is 0; for integers 1.
+        mean, variance: those of z; the variance divides by the count, and is NaN for a unit with a z that is not finite.
     """
 
-    seen: Array
-    counts: Array
-    extremes: Array
-    means: Array
+    # an integer is two uint32, its low bits and its high bits; a mean is the sum of two floats
+    seen: Array  # (2, 1): the number of examples and positions
+    counts: Array  # (4, 2, units): how often z > 0, z was not finite, z >= 6, and the derivative was 0
+    extremes: Array  # (2, units): the least z and the least -z
+    means: Array  # (3, 2, units): of z, of its squared distance from the mean, and of |h|
 
     def __repr__(self) -> str:
         if not isinstance(self.counts, (Array, np.ndarray)):
-            return f"UnitStats({self.counts!r})"  # a pytree of something else
+            return f"UnitStats({self.counts!r})"  # JAX puts other things than arrays into a pytree too
         units = "x".join(map(str, self.extremes.shape[:-2] + self.extremes.shape[-1:]))
         try:
             fired, count, dead = self.fired, self.count, int(np.asarray(self.dead).sum())
@@ -154,7 +145,7 @@ class UnitStats:
         finite = jnp.isfinite(output)
         number = finite.sum(-1, keepdims=True).astype(output.dtype)
         mean = jnp.where(finite, output, 0).sum(-1, keepdims=True) / number
-        # no epsilon: it would make small activations look dormant
+        # no epsilon is added to the mean: it would make a layer of small outputs look dormant
         return jnp.where(finite, jnp.where(mean > 0, output / mean, 0), jnp.nan)
 
     @property
@@ -167,7 +158,7 @@ class UnitStats:
 
     @property
     def mean(self) -> Array:
-        # min + max is NaN or infinite as the mean is, which merging may have lost
+        # if z was not finite, min + max is NaN or infinite just as the mean is; merging may have lost that in the means
         mean = jnp.where(self._finite(), self.means[..., 0, 0, :], self.min + self.max)
         return jnp.where(_is_zero(self.seen), jnp.nan, mean)
 
@@ -184,19 +175,16 @@ class UnitStats:
 
 
 def unit_stats(z: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> UnitStats:
-    """Returns the statistics of relu's pre-activations.
+    """Returns the statistics of a relu layer's units from their pre-activations, in float32, or float64 if `z` is that.
 
     Args:
-        z: real numbers of any shape; a scalar is one unit.
-        axis: the axis of the units; all others are examples and positions.
-        where: which of them count: booleans in the shape of `z` without `axis`, or with size 1 there. What is hidden may be
-            anything, NaN too.
-
-    Returns:
-        Statistics in float32, or in float64 if that is z's dtype.
+        z: the pre-activations, real numbers of any shape; a scalar is one unit.
+        axis: the axis of the units; all other axes are examples and positions.
+        where: True for the examples and positions that count, in the shape of `z` without `axis`, or with size 1 there. The
+            others may hold anything, NaN too.
 
     Raises:
-        TypeError: `z` is not a real number or array, `axis` is no int, or `where` is not boolean.
+        TypeError: `z` is not a real number or array, `axis` is not an int, or `where` is not boolean.
         ValueError: `axis` or the shape of `where` does not fit.
 
     Examples:
@@ -207,7 +195,7 @@ def unit_stats(z: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) 
         (Array([False,  True], dtype=bool), Array([0.5, 0. ], dtype=float32), Array([ 1., -2.], dtype=float32))
     """
     z = jnp.asarray(checked.real("unit_stats", "z", z))
-    if isinstance(axis, bool) or not isinstance(axis, int):
+    if not checked.is_int(axis):
         raise TypeError(f"unit_stats: axis must be an int, got {axis!r}; pass the axis of the units")
     if not -max(z.ndim, 1) <= axis < max(z.ndim, 1):
         raise ValueError(f"unit_stats: axis {axis} is out of range for z of shape {z.shape}; pass the axis of the units")
@@ -227,24 +215,18 @@ def unit_stats(z: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) 
 
 
 def merge(a: _Stats, b: _Stats) -> _Stats:
-    """Returns the statistics of what `a` and `b` have seen together.
+    """Returns the statistics of all the examples that `a` or `b` has seen.
 
-    Associative, up to rounding of means and variance; statistics that have seen nothing change nothing. The mean is Chan's,
-    carried as two floats.
+    The order of merging matters only for the rounding of means and variances. Statistics that have seen nothing change
+    nothing. See Chan, Golub and LeVeque 1983, Algorithms for computing the sample variance.
 
     Args:
         a: UnitStats, or a pytree of them as `observe` returns.
-        b: the same of the same layers.
-
-    Returns:
-        The same pytree.
+        b: statistics of the same layers, in the same structure, which the result has too.
 
     Raises:
-        TypeError: `a` or `b` is neither.
+        TypeError: `a` or `b` is something else.
         ValueError: two layers differ in shape, or `a` and `b` in structure.
-
-    References:
-        Chan, Golub and LeVeque 1983, Algorithms for computing the sample variance.
     """
     if not all(map(_is_stats, jax.tree.leaves((a, b), is_leaf=_is_stats))):
         raise TypeError(
@@ -252,11 +234,6 @@ def merge(a: _Stats, b: _Stats) -> _Stats:
             "unit_stats or observe returned"
         )
     return _merge(a, b)
-
-
-@jax.jit
-def _merge(a: Any, b: Any) -> Any:
-    return jax.tree.map(_merged, a, b, is_leaf=_is_stats)
 
 
 def _is_stats(x: object) -> bool:
@@ -273,7 +250,7 @@ def _merged(a: UnitStats, b: UnitStats) -> UnitStats:
     total = jnp.maximum(a_count + b_count, 1)
     share, rest = b_count / total, a_count / total
     delta = (b.means[..., 0, :] - a.means[..., 0, :]) + (b.means[..., 1, :] - a.means[..., 1, :])
-    # the squared distance between the two means of z adds to the variance
+    # the variance of z, in row 1, grows by the squared distance between the two means of z, in row 0
     is_variance = np.array([[False], [True], [False]])
     between = jnp.where(is_variance, delta[..., :1, :] ** 2 * (share * rest), 0)
     moved = _step(a.means, delta * share + between)
@@ -282,25 +259,29 @@ def _merged(a: UnitStats, b: UnitStats) -> UnitStats:
         seen=_sum(a.seen, b.seen),
         counts=_sum(a.counts, b.counts),
         extremes=jnp.minimum(a.extremes, b.extremes),
-        # stepping from or to nothing would cost an ulp, or make a NaN of an infinite mean
+        # merging with nothing must not change the last bit, nor make NaN of an infinite mean
         means=jnp.where(a_empty, b.means, jnp.where(b_empty, a.means, moved)),
     )
 
 
+@jax.jit
+def _merge(a: Any, b: Any) -> Any:
+    return jax.tree.map(_merged, a, b, is_leaf=_is_stats)
+
+
 def all_reduce(stats: Any, axis_name: Any) -> Any:
-    """Returns the merged statistics of all devices along `axis_name`, the same on each; for use inside `jax.shard_map`.
+    """Returns the merged statistics of all devices along `axis_name`, inside `jax.shard_map`.
+
+    They are the same on each device; `jax.shard_map` knows that, and accepts `out_specs=P()`.
 
     Args:
         stats: UnitStats, or a pytree of them as `observe` returns.
-        axis_name: a mesh axis, or a tuple of them.
-
-    Returns:
-        The same pytree; `jax.shard_map` knows that it is replicated, so `out_specs=P()` passes its check.
+        axis_name: the name of a mesh axis, or a tuple of names.
     """
     size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
 
     def gather(leaf: Array) -> Array:
-        # a psum, as the result of lax.all_gather does not count as replicated
+        # a gather by psum: shard_map does not know that the result of lax.all_gather is the same on all devices
         slot = (jnp.arange(size) == index).reshape(size, *(1,) * leaf.ndim)
         return lax.psum(jnp.where(slot, leaf[None], jnp.zeros_like(leaf)[None]), axis_name)
 
@@ -316,21 +297,18 @@ def all_reduce(stats: Any, axis_name: Any) -> Any:
 
 
 def nothing_seen(stats: UnitStats) -> UnitStats:
-    """Returns the statistics that change none by merging, in the shapes and dtypes of these."""
-    zeros: UnitStats = jax.tree.map(jnp.zeros_like, stats)  # inside shard_map these differ between devices as stats do
+    """Returns statistics that have seen nothing, in the shapes and dtypes of these."""
+    zeros: UnitStats = jax.tree.map(jnp.zeros_like, stats)  # for shard_map they vary over the same mesh axes as stats
     return dataclasses.replace(zeros, extremes=zeros.extremes + jnp.inf)
 
 
 def _statistics(
     z: Array, *args: Array, function: Callable[..., Array], axes: tuple[int, int] | None, where: Array | None = None
 ) -> UnitStats:
-    """Returns the statistics of an elementwise function at z.
-
-    axes: the unit axis of z and of the function's output, or None for a single unit.
-    """
+    """Returns the statistics of an elementwise function at z; axes are the unit axes of z and h, or None for one unit."""
     z = lax.stop_gradient(z)
     if jnp.issubdtype(z.dtype, jnp.integer):
-        h, slope = function(z, *args), jnp.zeros_like(z)  # integers have no derivative
+        h, slope = function(z, *args), jnp.zeros_like(z)  # integers have no derivative, which counts as 0
     else:
 
         def of_z(z: Array) -> Array:
@@ -340,7 +318,7 @@ def _statistics(
     reduce: Any = functools.partial(_reduced, axes=axes)
     mesh = jax.typeof(z).sharding.mesh
     if mesh.explicit_axes:
-        # rows are cut into chunks, which explicit sharding allows only where each lies on one device
+        # with explicit sharding, rows could be cut into chunks only if each chunk lay on one device
         reduce = jax.sharding.auto_axes(reduce, out_sharding=NamedSharding(mesh, PartitionSpec()))
     return reduce(z, h, slope, where)
 
@@ -352,16 +330,16 @@ statistics: Callable[..., UnitStats] = jax.jit(_statistics, static_argnames=("fu
 def _reduced(z: Array, h: Array, slope: Array, where: Array | None, *, axes: tuple[int, int] | None) -> UnitStats:
     dtype = jnp.float64 if z.dtype == jnp.float64 else jnp.float32
     z, h, slope = (_rows(x, axes and axes[i]) for i, x in ((0, z), (1, h), (1, slope)))
-    z = jnp.tile(z, (len(h) // max(1, len(z)), 1))  # if a parameter alone was mapped
+    z = jnp.tile(z, (len(h) // max(1, len(z)), 1))  # if vmap mapped a slope or alpha, but not z
     z, h = z.astype(dtype), jnp.abs(h.astype(dtype))
     n = len(z)
     flags = (z > 0, ~jnp.isfinite(z), z >= 6, slope == 0)
-    # four counts, one per byte
+    # the four flags of an example in the four bytes of one number, so that one sum counts them all
     packed = sum((flag.astype(jnp.uint32) << 8 * i for i, flag in enumerate(flags)), jnp.zeros((), jnp.uint32))
     if where is None:
         count, high_count = jnp.uint32(n & 0xFFFFFFFF), jnp.uint32(n >> 32)
         low = high = z
-        # multiples of the golden ratio, as equal steps may all fall on the same position of the examples
+        # a sample of rows at multiples of the golden ratio: at equal steps, all might be the same position of an example
         rows = (np.arange(1, 1 + min(n, _SAMPLES)) * 0.6180339887 % 1 * n).astype(int)
         shift = _shift(z[rows], None)
         centred = z - shift
@@ -396,7 +374,7 @@ def _rows(x: Array, axis: int | None) -> Array:
 
 
 def _shift(z: Array, shown: Array | None) -> Array:
-    """Returns about the mean of each column, and its very number if it is constant."""
+    """Returns roughly the mean of each column; exactly its value if the column is constant, so that its variance is 0."""
     n = z.shape[0] if shown is None else shown.sum()
     base = jnp.max(z, 0, keepdims=True, where=shown, initial=-jnp.inf)
     base = jnp.where(jnp.isfinite(base), base, 0)
@@ -404,7 +382,7 @@ def _shift(z: Array, shown: Array | None) -> Array:
 
 
 def _chunked(reduce: Callable[..., Array], x: Array) -> Array:
-    """Returns each column reduced over every _ROWS rows."""
+    """Returns each column reduced within chunks of _ROWS rows; what is left over makes the first chunk."""
     n, units = x.shape
     full = n - n % _ROWS
     parts = [x[None, full:]] if full < n or n == 0 else []
