@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from jaxrelu._lowering import choose
 
-__all__ = ["align", "cast", "exp_below_zero", "expm1_below_zero", "widen"]
+__all__ = ["align", "cast", "exp_below_zero", "expm1_below_zero", "polynomial_exp", "polynomial_expm1", "widen"]
 
 # coefficients of a polynomial in r that approximates (expm1(r) - r) / r^2, the constant one first
 _EXPM1 = (0.5, 0.1666666716337204, 0.041666366159915924, 0.008333289064466953, 0.001394022023305297, 0.00019904672808479518)
@@ -41,13 +41,13 @@ def align(parameter: Array, x: Array, axis: int | None = None) -> Array:
 
 def expm1_below_zero(x: Array) -> Array:
     """Returns expm1(min(x, 0))."""
-    return _below_zero(jnp.expm1, lambda power, rest: power * rest + (power - 1), x)
+    return _for_platform(jnp.expm1(jnp.minimum(x, 0)), polynomial_expm1, x)
 
 
 @jax.custom_jvp
 def exp_below_zero(x: Array) -> Array:
     """Returns exp(min(x, 0)), with derivative 0 at 0."""
-    return _below_zero(jnp.exp, lambda power, rest: power * rest + power, x)
+    return _for_platform(jnp.exp(jnp.minimum(x, 0)), polynomial_exp, x)
 
 
 @exp_below_zero.defjvp
@@ -57,17 +57,34 @@ def _exp_below_zero_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return y, jnp.where(x < 0, y, jnp.zeros_like(y)) * g
 
 
-def _below_zero(function: Callable[[Array], Array], combine: Callable[[Array, Array], Array], x: Array) -> Array:
-    """Returns function(min(x, 0)), where function is jnp.exp or jnp.expm1.
+def _for_platform(plain: Array, polynomial: Callable[[Array], Array], x: Array) -> Array:
+    """Returns polynomial(x) on a CPU if x is float32, else plain, which is computed by jnp's function.
 
-    CPU, float32: x = n ln 2 + r with an integer n and |r| <= ln 2 / 2. The result is combine(2^n, expm1(r)), where expm1(r)
-    is a polynomial, and is within 1 ulp (unit in the last place; `test_float32`). jnp.expm1 serves positive numbers too,
-    which takes twice the time, and is up to 5.7 ulp off on jax 0.10. All else gets jnp's function: the polynomial takes more
-    memory on a TPU, and was never timed on a GPU.
+    jnp.expm1 serves positive numbers too, which takes twice the time on a CPU, and is up to 5.7 ulp (units in the last
+    place) off on jax 0.10; the polynomials are within 1 ulp (`test_float32`). They take more memory on a TPU, and were never
+    timed on a GPU.
     """
-    plain = function(jnp.minimum(x, 0))
     if x.dtype != jnp.float32:
         return plain
+    own = polynomial(x)
+    # the result of a weakly typed x is to be weakly typed. No public function converts to that, but an update of x keeps it
+    return choose(plain, cpu=x.at[...].set(own) if x.weak_type else own)
+
+
+def polynomial_expm1(x: Array) -> Array:
+    """Returns expm1(min(x, 0)) of float32 numbers."""
+    power, rest = _powers(x)
+    return power * rest + (power - 1)
+
+
+def polynomial_exp(x: Array) -> Array:
+    """Returns exp(min(x, 0)) of float32 numbers."""
+    power, rest = _powers(x)
+    return power * rest + power
+
+
+def _powers(x: Array) -> tuple[Array, Array]:
+    """Returns 2^n and expm1(r) for min(x, 0) = n ln 2 + r, with an integer n and |r| <= ln 2 / 2."""
     z = jnp.clip(x, -88.0, 0.0)  # at -88 n is -127, for which the bits of 2^n below make 0; NaN stays NaN
     # adding 1.5 * 2^23 rounds to an integer, which the last bits of the sum hold: XLA may simplify (z + c) - c to z
     shifted = z * np.float32(1 / math.log(2)) + np.float32(1.5 * 2**23)
@@ -78,6 +95,4 @@ def _below_zero(function: Callable[[Array], Array], combine: Callable[[Array, Ar
     a, b, c, d, e, f = map(np.float32, _EXPM1)
     square = r * r
     q = (a + b * r) + square * ((c + d * r) + square * (e + f * r))
-    own = combine(lax.bitcast_convert_type((n + 127) << 23, jnp.float32), r + square * q)
-    # the result of a weakly typed x is to be weakly typed. No public function converts to that, but an update of x keeps it
-    return choose(plain, cpu=x.at[...].set(own) if x.weak_type else own)
+    return lax.bitcast_convert_type((n + 127) << 23, jnp.float32), r + square * q
