@@ -66,9 +66,8 @@ def _for_platform(plain: Array, polynomial: Callable[[Array], Array], x: Array) 
     """
     if x.dtype != jnp.float32:
         return plain
-    own = polynomial(x)
     # the result of a weakly typed x is to be weakly typed. No public function converts to that, but an update of x keeps it
-    return choose(plain, cpu=x.at[...].set(own) if x.weak_type else own)
+    return choose(plain, cpu=x.at[...].set(polynomial(x)) if x.weak_type else polynomial(x))
 
 
 def polynomial_expm1(x: Array) -> Array:

@@ -42,14 +42,11 @@ def unit_axes(eqn: core.JaxprEqn) -> tuple[int, int] | None:
     return before.params["axis"], after.params["axis"]
 
 
-def core_of(eqn: core.JaxprEqn) -> Callable[..., Array]:
-    """Returns what an activation's equation calls as a function. The same program gives the same function object."""
-    return _function(eqn.params["jaxpr"])
-
-
 @functools.lru_cache(maxsize=512)
-def _function(jaxpr: Any) -> Callable[..., Array]:
+def core_of(program: Any) -> Callable[..., Array]:
+    """Returns an activation's program as a function. The same program gives the same function object."""
+
     def function(*args: Array) -> Array:
-        return core.jaxpr_as_fun(jaxpr)(*args)[0]
+        return core.jaxpr_as_fun(program)(*args)[0]
 
     return function

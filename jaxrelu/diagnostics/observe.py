@@ -177,7 +177,7 @@ class _Observer(Visitor):
 
         if marks.is_differentiated(eqn):
             return differentiated
-        function, axes = marks.core_of(eqn), marks.unit_axes(eqn)
+        function, axes = marks.core_of(eqn.params["jaxpr"]), marks.unit_axes(eqn)
 
         def activation(*args: Any) -> tuple[Sequence[Any], list[Found]]:
             if axes is None and jnp.ndim(args[0]):
