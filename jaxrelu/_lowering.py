@@ -47,8 +47,7 @@ def core(function: Callable[..., Any], name: str, static_argnums: int | tuple[in
     def call(x: Array, *arguments: Any) -> Array:
         if observed.value:
             return marked(x, *arguments)
-        donation = _donation.get()
-        if donation is None:
+        if (donation := _donation.get()) is None:
             return inlined(x, *arguments)
         function_called, given = donation
         if x is not given:  # integers were converted to floats: only the copy would be overwritten

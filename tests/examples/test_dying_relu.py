@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,10 +33,8 @@ def test_a_step_takes_every_cure():
     for recycling in (False, True):
         state = jax.eval_shape(dying_relu.optimizer(recycling, key).init, params)
         arguments = (jnp.int32(0), params, state, key, batches, *points)
-        assert jax.eval_shape(lambda *a, r=recycling: dying_relu.advance(r, *a), *arguments) == (
-            jax.eval_shape(lambda x: x, params),
-            state,
-        )
+        after = jax.eval_shape(lambda *a, r=recycling: dying_relu.advance(r, *a), *arguments)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, (jax.eval_shape(lambda x: x, params), state))
 
 
 def test_a_cure_that_does_not_help_ends_with_code_1(tmp_path, monkeypatch, capsys):
