@@ -132,7 +132,7 @@ def prelu(x: ArrayLike, negative_slope: ArrayLike, *, axis: int | None = None, k
 
     Returns `x` for x > 0, else `a * x`, in the shape and float dtype of `x`; a is `negative_slope`. The derivative in x is 1
     for x > 0, `a` for x < 0 and at NaN, and `a + kink * (1 - a)` at 0, where the slope jumps. The derivative in a is x for
-    x < 0, else 0, for every `kink`. The gradient of the slopes is summed in float32 or wider, then cast to their dtype.
+    x < 0, NaN at NaN, else 0, for every `kink`. The gradient of the slopes is summed in float32 or wider, then cast.
 
     Args:
         x: a real number or array of any shape; integers are converted to JAX's default float dtype.

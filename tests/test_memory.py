@@ -69,11 +69,14 @@ def test_memory_beside_the_reference(networks, dtype, activations, limit, tmp_pa
 
 
 @pytest.mark.slow
-def test_memory_of_every_network(tmp_path):
-    rows = ratios(measured(tmp_path, "--dtype=float32,bfloat16", f"--networks={','.join(NETWORKS)}"))
-    assert len(rows) == 2 * len(NETWORKS) * len(PEERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_of_every_network(dtype, tmp_path):
+    rows = ratios(measured(tmp_path, f"--dtype={dtype}", f"--networks={','.join(NETWORKS)}", "--layers=2"))
+    assert len(rows) == len(NETWORKS) * len(PEERS)
     # elu(save="output") reads y wherever it stands, also where x is kept anyway
     chosen = {key: rows.pop(key) for key in list(rows) if key[0] in VISION and key[2] == "elu_output"}
-    # the slope is multiplied in float32, and the exact sum of its gradient has a price
-    wide = {key: rows.pop(key) for key in list(rows) if key[1:] in (("bfloat16", "leaky_relu"), ("bfloat16", "prelu"))}
-    assert above(1.02, rows) | above(1.08, wide) | above(1.25, chosen) == {}
+    # leaky_relu multiplies the slope in float32
+    leaky = {key: rows.pop(key) for key in list(rows) if key == ("resnet18", "bfloat16", "leaky_relu")}
+    # the derivative of elu is rounded to 16 bits, and the exact sum of the gradient of prelu's slope has a price
+    wide = {key: rows.pop(key) for key in list(rows) if key[1:] in (("bfloat16", "elu"), ("bfloat16", "prelu"))}
+    assert above(1.02, rows) | above(1.06, leaky) | above(1.1, wide) | above(1.25, chosen) == {}

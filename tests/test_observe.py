@@ -18,6 +18,7 @@ import jaxrelu.linen
 import jaxrelu.nnx
 from cases import Case, each_case
 from dying import assert_stats, reference
+from jaxrelu import inplace
 from jaxrelu.diagnostics import check_init, observe, unit_stats
 
 # of tests that ask what is done, not how it is rounded
@@ -329,6 +330,11 @@ def custom(x):
 
 
 custom.defvjp(lambda x: (custom(x), None), lambda _, g: (g,))
+
+
+def test_in_place_refuses_while_observing_too():
+    with pytest.raises(TypeError, match="elu: x must be a JAX array of floats"):
+        observe(inplace.elu)(jnp.array([1, 2]))
 
 
 def test_only_arrays_are_traced():

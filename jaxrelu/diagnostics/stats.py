@@ -97,8 +97,8 @@ class UnitStats:
         units = "x".join(map(str, self.extremes.shape[:-2] + self.extremes.shape[-1:]))
         try:
             fired, count, dead = self.fired, self.count, int(np.asarray(self.dead).sum())
-        except TypeError:
-            return f"UnitStats({units} units, traced)"
+        except (TypeError, ValueError, RuntimeError):  # traced, of other ranks, deleted or on other processes
+            return f"UnitStats({units} units, not readable here)"
         share = f"{fired.mean() / np.mean(count):.1%}" if fired.size and np.any(count) else "nan"
         return f"UnitStats({units} units, count {np.max(count, initial=0)}, {dead} dead, firing rate {share})"
 
