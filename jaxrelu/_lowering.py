@@ -24,12 +24,14 @@ observed = jax.make_user_context(False)
 _donation: contextvars.ContextVar[tuple[str, Any]] = contextvars.ContextVar("donation", default=("", None))
 
 
-def core(function: Callable[..., Any], name: str, static_argnums: int | tuple[int, ...]) -> Callable[..., Array]:
+def core(
+    function: Callable[..., Any], name: str, static: int | tuple[int, ...], inline: bool = True
+) -> Callable[..., Array]:
     """Returns a core as a jitted function that gives the value alone.
 
-    It is jitted because a call outside jit would otherwise trace the core every time. Inside another jit it is inlined, but
-    while `observe` traces, it stays a call in the program: its name tells which activation it is, and a mark on its input
-    and output tells the unit axis, along which the units of the layer lie.
+    It is jitted because a call outside jit would otherwise trace the core every time. Inside another jit it is inlined if
+    `inline`, but while `observe` traces, it stays a call in the program: its name tells which activation it is, and a mark on
+    its input and output tells the unit axis, along which the units of the layer lie.
     """
 
     def value(x: Array, *arguments: Any) -> Array:
@@ -40,16 +42,16 @@ def core(function: Callable[..., Any], name: str, static_argnums: int | tuple[in
         return _mark(value(_mark(x), *arguments))
 
     named.__name__ = named.__qualname__ = TAG + name
-    inlined = jax.jit(value, static_argnums=static_argnums, inline=True)
-    marked = jax.jit(named, static_argnums=static_argnums)
-    in_place = jax.jit(value, static_argnums=static_argnums, donate_argnums=0)
+    plain = jax.jit(value, static_argnums=static, inline=inline)
+    marked = jax.jit(named, static_argnums=static)
+    in_place = jax.jit(value, static_argnums=static, donate_argnums=0)
 
     def call(x: Array, *arguments: Any) -> Array:
         called, given = _donation.get()
         donates = called == name  # else a check of an argument calls this function
         if donates and x is not given:  # integers were converted to floats: only the copy would be overwritten
             raise _no_buffer(name, "a JAX array of floats", given)
-        return (marked if observed.value else in_place if donates else inlined)(x, *arguments)
+        return (marked if observed.value else in_place if donates else plain)(x, *arguments)
 
     return call
 
@@ -100,10 +102,10 @@ def readable(x: Array, plain: Array, opaque: Array, on_gpu: tuple[Array, Array])
     """Returns a rectifier's value, and the array that its derivative rule is to read: x, or one with the sign of the value.
 
     TPU: plain, and x. Its compiler recomputes by itself, and takes up to 12 % more memory if the rule reads y.
-    CPU: opaque for both: an mlp of 4 layers takes 5 MiB, with plain 8 (jax 0.10.2; `test_memory_of_a_gradient`). But for an x
-    of 4 or more axes, or of 16 bits, plain, and x: behind a convolution with a norm XLA keeps x anyway and keeps y transposed,
-    so that reading y costs a third array: resnet18 1.21 of jax.nn (`test_memory_beside_the_reference`). That also befalls an
-    x of 3 axes where a 1-D convolution has a norm: 1.21 (jax 0.12).
+    CPU: opaque for both: an mlp of 4 layers takes 5 MiB, with plain 8 (jax 0.10.2; `test_memory_of_a_gradient`). But for an
+    x of 4 or more axes, or of 16 bits, plain, and x: behind a convolution with a norm XLA keeps x anyway and keeps y
+    transposed, so that reading y costs a third array: resnet18 1.21 of jax.nn (`test_memory_beside_the_reference`). That
+    also befalls an x of 3 axes where a 1-D convolution has a norm: 1.21 (jax 0.12).
 
     Args:
         x: the input.

@@ -54,6 +54,8 @@ def test_memory_of_a_gradient(tmp_path):
         ("conv_norm", "float32", "relu,leaky_relu,relu6", 1.0),
         # needs jax.nn's form to the call: else 1.32
         ("vmapped", "bfloat16", "relu,leaky_relu,relu6", 1.0),
+        # inlined, 1.18
+        ("checkpoint", "bfloat16", "prelu", 1.02),
         # where(x > 0, 1, slope) * g, in place of a select of g, costs 1.03
         ("resnet18", "float32", "elu", 1.01),
         ("mlp,scan", "bfloat16", "relu,elu,elu_output,prelu", 1.02),
