@@ -24,14 +24,12 @@ observed = jax.make_user_context(False)
 _donation: contextvars.ContextVar[tuple[str, Any]] = contextvars.ContextVar("donation", default=("", None))
 
 
-def core(
-    function: Callable[..., Any], name: str, static: int | tuple[int, ...], inline: bool = True
-) -> Callable[..., Array]:
+def core(function: Callable[..., Any], name: str, static: tuple[int, ...], inline: bool = True) -> Callable[..., Array]:
     """Returns a core as a jitted function that gives the value alone.
 
     It is jitted because a call outside jit would otherwise trace the core every time. Inside another jit it is inlined if
-    `inline`, but while `observe` traces, it stays a call in the program: its name tells which activation it is, and a mark on
-    its input and output tells the unit axis, along which the units of the layer lie.
+    `inline`, but while `observe` traces, it stays a call in the program: its name tells which activation it is, and a mark
+    on its input and output tells the unit axis, along which the units of the layer lie.
     """
 
     def value(x: Array, *arguments: Any) -> Array:

@@ -76,7 +76,7 @@ def _relu_jvp(kink: float, primals: Any, tangents: Any) -> _Pairs:
     return (y, read), (t, jnp.zeros_like(read))
 
 
-_relu_jit = lowering.core(_relu, "relu", 1)
+_relu_jit = lowering.core(_relu, "relu", (1,))
 
 
 def leaky_relu(x: ArrayLike, negative_slope: ArrayLike = 0.01, *, kink: float = 0.0) -> Array:
@@ -307,7 +307,7 @@ def _relu6_jvp(kink: float, primals: Any, tangents: Any) -> _Pairs:
     return (y, read), (t, jnp.zeros_like(read))
 
 
-_relu6_jit = lowering.core(_relu6, "relu6", 1)
+_relu6_jit = lowering.core(_relu6, "relu6", (1,))
 
 
 def _at_kink(x: Array, kink: float, slope: Any) -> Any:
