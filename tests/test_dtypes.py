@@ -89,6 +89,8 @@ def test_python_numbers_are_weakly_typed(case: Case):
     assert case.function(2).dtype == (jnp.int32 if case.keeps_integers else jnp.float32)
     assert case.function(np.float32(2.5)).weak_type is False
     assert case.function(np.array([1.5])).tolist() == [1.5]
+    if case.parameter is not None:  # an array beside the number makes the result strong, as in jax.nn
+        assert not getattr(jaxrelu, case.name)(2.5, jnp.float32(0.1)).weak_type
 
 
 @each_case

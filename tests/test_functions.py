@@ -249,8 +249,11 @@ def test_second_derivative(case: Case):
     at_kinks, at_moved_kinks, elsewhere = curvatures(kinks, x)
     assert not at_kinks.any()
     assert not at_moved_kinks.any()
-    expected = [*case.curvature(np.float64(x[:2]), np), 0.0, 0.0]
+    expected = np.array([*case.curvature(np.float64(x[:2]), np), 0.0, 0.0])
     np.testing.assert_allclose(elsewhere, expected, rtol=1e-6)
+    # linear in the tangent
+    _, doubled = jax.jit(lambda x: jax.jvp(jax.vmap(jax.grad(case.function)), (x,), (2 * jnp.ones_like(x),)))(x)
+    np.testing.assert_allclose(doubled, 2 * expected, rtol=1e-6)
 
 
 def test_elu_save_output_second_derivative():
