@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -10,6 +12,7 @@ def blocks(path, language):
     return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_python_blocks_run():
     scope: dict[str, object] = {}
     found = blocks(ROOT / "README.md", "python")
