@@ -119,8 +119,8 @@ def readable(x: Array, plain: Array, opaque: Array, on_gpu: tuple[Array, Array])
 def separate(function: Callable[..., Array], *args: Any) -> Array:
     """Returns function(*args), as a call of its own in the traced program.
 
-    CPU, bfloat16, an mlp under vmap: with this call, and with `lax.select` in place of `jnp.where` in the rule, relu and
-    relu6 take the memory of jax.nn's; without, 1.32 to 1.48 times that (jax 0.12; `test_memory_beside_the_reference`).
+    CPU, bfloat16, an mlp under vmap: with this call, the core inlined and `lax.select` in place of `jnp.where` in the rule,
+    relu and relu6 take jax.nn's memory; without, 1.32 to 1.48 times it (jax 0.12; `test_memory_beside_the_reference`).
     """
     return jax.jit(function)(*args)
 

@@ -1,5 +1,6 @@
 """One row for each activation: its exact value and derivative, its kinks, what it takes, and the accuracy it grants."""
 
+import contextlib
 import dataclasses
 import fractions
 import functools
@@ -234,3 +235,19 @@ def assert_ulps(actual: jax.Array, exact: np.ndarray, ulps: float) -> None:
         f"{(~good).sum()} of {good.size} are off, the first at {np.argmin(good)}: got {got[~good][:5]}, "
         f"want {exact[~good][:5]}"
     )
+
+
+@contextlib.contextmanager
+def count_traces():
+    """Counts the functions that JAX traces or compiles."""
+    events = []
+
+    def listener(event, duration, **_):
+        if event.startswith("/jax/core/compile"):
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)

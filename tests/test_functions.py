@@ -1,4 +1,3 @@
-import contextlib
 import copy
 import functools
 import inspect
@@ -21,6 +20,7 @@ from cases import (
     Exact,
     agreed,
     assert_ulps,
+    count_traces,
     each_case,
     each_parameter,
     value_and_derivative,
@@ -456,22 +456,6 @@ JET_ERRORS = (jax.errors.UnexpectedTracerError, AttributeError)
 def test_jet(case: Case):
     value, series = jet.jet(case.function, (jnp.float32(1.5),), ((jnp.float32(1.0), jnp.float32(0.0)),))
     assert (value, *series) == (1.5, 1.0, 0.0)
-
-
-@contextlib.contextmanager
-def count_traces():
-    """Counts the functions that JAX traces or compiles."""
-    events = []
-
-    def listener(event, duration, **_):
-        if event.startswith("/jax/core/compile"):
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 @quick

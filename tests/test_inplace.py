@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cases import Case, each_case
+from cases import Case, count_traces, each_case
 from jaxrelu import inplace
 
 # of tests that ask what is done, not how it is rounded
@@ -105,20 +105,11 @@ def test_equal_numbers_of_another_type_are_refused():
 
 
 def test_a_new_slope_of_prelu_compiles_nothing():
-    compiled = []
-
-    def listener(event, duration, **_):
-        if event.startswith("/jax/core/compile"):
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        x = [jnp.array(X[:13]) for _ in range(3)]
+    x = [jnp.array(X[:13]) for _ in range(3)]
+    with count_traces() as first:
         inplace.prelu(x[0], 0.1)
-        assert compiled
-        compiled.clear()
+    assert first
+    with count_traces() as others:
         for array, slope in zip(x[1:], (0.2, 0.3), strict=True):
             inplace.prelu(array, slope)
-        assert not compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
+    assert not others

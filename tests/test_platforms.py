@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from ratios import above, ratios
+
 pytestmark = pytest.mark.aot
 LEAN = ("relu", "leaky_relu", "elu_output", "relu6")
 
@@ -22,19 +24,6 @@ def measured(platform, folder, *options):
     for r in map(json.loads, path.read_text().splitlines()):
         rows.setdefault((r["device"].split(",")[0], r["network"], r["dtype"], r["activation"]), {})[r["peer"]] = r
     return rows
-
-
-def ratios(rows, field="temp_bytes"):
-    """Returns ours to jax.nn's, or for prelu to Flax's, of each row."""
-    return {
-        key: peers["jaxrelu"][field] / (peers.get("jax.nn") or peers["flax"])[field]
-        for key, peers in rows.items()
-        if "jaxrelu" in peers
-    }
-
-
-def above(limit, found):
-    return {key: round(ratio, 3) for key, ratio in found.items() if ratio > limit}
 
 
 @pytest.mark.parametrize("platform", ["tpu-v5e", "tpu-v6e"])

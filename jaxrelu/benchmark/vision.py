@@ -36,13 +36,7 @@ def conv(elements: int, dtype: Any, layers: int) -> tuple[Shape, list[Layer]]:
 
 
 def conv_norm(elements: int, dtype: Any, layers: int) -> tuple[Shape, list[Layer]]:
-    """Returns input and layers of a chain of convolutions, each with a BatchNorm and an activation.
-
-    Args:
-        elements: the number of elements of an activation.
-        dtype: the dtype of input and weights.
-        layers: the number of layers.
-    """
+    """Returns input and layers as `conv` does, of convolutions with a BatchNorm in place of the bias."""
     x, w = _chain(elements, dtype)
     return x, [Layer(_conv_norm, (w, _scale_and_bias(x.shape[-1]), slope_shape()))] * layers
 
