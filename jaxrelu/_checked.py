@@ -9,23 +9,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["fitting", "floating", "is_int", "is_number", "kink", "number", "real"]
+__all__ = ["Number", "fitting", "floating", "is_int", "is_number", "kink", "number", "real"]
+
+
+class Number(float):
+    """A static float: it equals another number only if both have the same bits; a zero's sign counts, and NaN equals NaN.
+
+    `jax.jit` and Flax compare static numbers by `==`, and would run for -0.0 what they compiled for 0.0.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return float.hex(self) == float.hex(other) if isinstance(other, float) else super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        text = float.hex(self)
+        return hash(text) if text in ("nan", "-0x0.0p+0") else super().__hash__()  # flax.linen.jit compares hashes alone
 
 
 def kink(function: str, kink: object) -> float:
     """Returns kink as a float if it is a finite Python number."""
     if not is_number(kink):
         raise TypeError(f"{function}: kink must be a Python number, as it is static, got {_describe(kink)}; pass a float")
-    value = number(function, "kink", kink)
+    value = float(number(function, "kink", kink))
     if not math.isfinite(value):
         raise ValueError(f"{function}: kink must be finite, got {kink}")
-    return value
+    return value + 0.0  # -0.0 means 0.0
 
 
-def number(function: str, argument: str, x: float) -> float:
-    """Returns a Python number as a float."""
+def number(function: str, argument: str, x: float) -> Number:
+    """Returns a Python number as a static float."""
     try:
-        return float(x)
+        return Number(x)
     except OverflowError:
         raise ValueError(f"{function}: {argument} must be less than 2^1024, got {type(x).__name__}; pass a float") from None
 
@@ -41,8 +58,9 @@ def is_number(x: object) -> TypeGuard[float]:
 
 @functools.cache
 def _is_a(dtype: Any, kind: Any) -> bool:
-    # JAX has no longdouble; NumPy counts a timedelta ("m") as an integer
-    return jnp.issubdtype(dtype, kind) and dtype.itemsize <= 8 and dtype.kind != "m"
+    # JAX has no longdouble; NumPy counts a timedelta ("m") as an integer; float8_e8m0fnu has neither a sign nor a zero
+    is_one = jnp.issubdtype(dtype, kind) and dtype.itemsize <= 8 and dtype.kind != "m"
+    return is_one and (kind is jnp.integer or bool(jnp.finfo(dtype).min < 0))
 
 
 def real(function: str, argument: str, x: Any) -> Any:
@@ -52,8 +70,13 @@ def real(function: str, argument: str, x: Any) -> Any:
     if isinstance(x, (jax.Array, np.ndarray, np.generic)):
         if _is_a(x.dtype, jnp.floating) or _is_a(x.dtype, jnp.integer):
             return x
-    elif isinstance(x, (int, float)) and not isinstance(x, bool):
+    elif isinstance(x, float):
         return x
+    elif is_int(x):
+        limits = jnp.iinfo(jnp.result_type(int))
+        if limits.min <= x <= limits.max:
+            return x
+        raise ValueError(f"{function}: {argument} must fit {limits.dtype}, got {x.bit_length()} bits; pass a float")
     raise TypeError(
         f"{function}: {argument} must be a real number or an array of floats or integers, got {_describe(x)}; "
         f"convert it first, e.g. with jnp.asarray({argument}, jnp.float32)"
@@ -62,9 +85,9 @@ def real(function: str, argument: str, x: Any) -> Any:
 
 def floating(function: str, argument: str, x: Any) -> Any:
     """Returns x as `real` does, with integers converted to the default float dtype."""
+    if is_int(x):
+        return float(number(function, argument, x))
     x = real(function, argument, x)
-    if isinstance(x, int):
-        return float(x)
     if isinstance(x, float) or _is_a(x.dtype, jnp.floating):
         return x
     if getattr(x, "weak_type", False):  # a Python int that an outer jit traces

@@ -11,7 +11,12 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxrelu import _checked as checked
 from jaxrelu import functions
 
-__all__ = ["apply", "initializer", "parameter_shape"]
+__all__ = ["apply", "initializer", "parameter_shape", "static"]
+
+
+def static(module: str, argument: str, x: float) -> float:
+    """Returns a slope or alpha by which Flax's own caches, which compare modules by `==`, tell 0.0 from -0.0."""
+    return checked.number(module, argument, x) if checked.is_number(x) else x
 
 
 def parameter_shape(num_parameters: object, **dtypes: DTypeLike | None) -> tuple[int, ...]:

@@ -15,21 +15,51 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-__all__ = ["TAG", "choose", "core", "donating", "observed", "readable", "recomputed", "separate"]
+__all__ = ["TAG", "choose", "core", "donating", "observed", "outputs", "portable", "readable", "recomputed", "separate"]
 
 TAG = "jaxrelu."  # the name of every core that `observe` sees begins with this
 # whether `observe` is tracing; as it is a part of the key of JAX's caches, what was traced without marks is traced again
 observed = jax.make_user_context(False)
+_portable = jax.make_user_context(False)  # whether functions are traced as plain formulas
 # during a call of `jaxrelu.inplace`: the function's name, and the array whose memory the result takes over
 _donation: contextvars.ContextVar[tuple[str, Any]] = contextvars.ContextVar("donation", default=("", None))
 
 
-def core(function: Callable[..., Any], name: str, static: tuple[int, ...], inline: bool = True) -> Callable[..., Array]:
+def portable() -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which the functions are traced as plain formulas: for Pallas kernels, and for exporters to ONNX.
+
+    Values and derivatives are the same, but nothing in the program is there for the sake of memory or speed: no choice by
+    platform, no barrier, no call that JAX compiles by itself and remembers. What `jax.jit` compiled outside is traced anew.
+
+    Examples:
+        >>> import jax, jaxrelu
+        >>> with jaxrelu.portable():
+        ...     print(jax.make_jaxpr(jaxrelu.relu6)(jax.numpy.ones(3, jax.numpy.bfloat16)).eqns[-1].primitive)
+        custom_jvp_call
+    """
+    return _portable(True)
+
+
+def core(
+    function: Callable[..., Any],
+    name: str,
+    static: tuple[int, ...],
+    inline: bool = True,
+    formula: Callable[..., Array] | None = None,
+) -> Callable[..., Array]:
     """Returns a core as a jitted function that gives the value alone.
 
     It is jitted because a call outside jit would otherwise trace the core every time. Inside another jit it is inlined if
     `inline`, but while `observe` traces, it stays a call in the program: its name tells which activation it is, and a mark
     on its input and output tells the unit axis, along which the units of the layer lie.
+
+    Args:
+        function: the core; its first output is the value.
+        name: the name of the public function.
+        static: the places of the arguments that are not arrays.
+        inline: whether it is inlined.
+        formula: for `portable`, the value as an expression whose derivative by JAX is right, where the core's own rule is
+            more than a kernel takes: a TPU's takes no rule with symbolic zeros.
     """
 
     def value(x: Array, *arguments: Any) -> Array:
@@ -49,6 +79,8 @@ def core(function: Callable[..., Any], name: str, static: tuple[int, ...], inlin
         donates = called == name  # else a check of an argument calls this function
         if donates and x is not given:  # integers were converted to floats: only the copy would be overwritten
             raise _no_buffer(name, "a JAX array of floats", given)
+        if _portable.value and not (donates or observed.value):
+            return formula(jnp.asarray(x), *arguments) if formula else value(x, *arguments)
         return (marked if observed.value else in_place if donates else plain)(x, *arguments)
 
     return call
@@ -84,6 +116,8 @@ def _mark(x: Array) -> Array:
 
 def choose(default: Any, **by_platform: Any) -> Any:
     """Returns the value for the platform (cpu, gpu or tpu) that the program is compiled for; XLA drops the others."""
+    if _portable.value:
+        return default
     values = (default, *by_platform.values())
     branches: dict[str, Callable[..., Any]] = {}
     for index, platform in enumerate(by_platform, 1):
@@ -116,13 +150,19 @@ def readable(x: Array, plain: Array, opaque: Array, on_gpu: tuple[Array, Array])
     return choose((plain, x), cpu=on_cpu, gpu=on_gpu)
 
 
+def outputs(core: Callable[..., tuple[Array, Array]], x: Array, *static: float) -> tuple[Array, Array]:
+    """Returns a core's value, and what its rule reads: in `portable` x itself, as a kernel may not call the core again."""
+    y, read = core(x, *static)
+    return y, x if _portable.value else read
+
+
 def separate(function: Callable[..., Array], *args: Any) -> Array:
     """Returns function(*args), as a call of its own in the traced program.
 
     CPU, bfloat16, an mlp under vmap: with this call, the core inlined and `lax.select` in place of `jnp.where` in the rule,
     relu and relu6 take jax.nn's memory; without, 1.32 to 1.48 times it (jax 0.12; `test_memory_beside_the_reference`).
     """
-    return jax.jit(function)(*args)
+    return function(*args) if _portable.value else jax.jit(function)(*args)
 
 
 def recomputed(tangent: Callable[..., Array], x: Array, *arguments: Any) -> Array:

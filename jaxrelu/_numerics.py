@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from jaxrelu._lowering import choose
 
@@ -27,10 +28,10 @@ def cast(x: Array, like: Array) -> Array:
     return x if x.dtype == like.dtype else x.astype(like.dtype)
 
 
-def align(parameter: Array, x: Array, axis: int | None = None) -> Array:
+def align(parameter: ArrayLike, x: Array, axis: int | None = None) -> Array:
     """Returns parameter in float32 or wider, with as many axes as x."""
-    parameter = jnp.asarray(parameter)  # with jit disabled, it may be a Python number
-    wide = widen(parameter) if jnp.issubdtype(parameter.dtype, jnp.floating) else parameter.astype(jnp.float32)
+    array = jnp.asarray(parameter)
+    wide = widen(array) if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
     shape = [1] * x.ndim
     if axis is None or wide.ndim == 0:
         shape[x.ndim - wide.ndim :] = wide.shape
@@ -39,9 +40,16 @@ def align(parameter: Array, x: Array, axis: int | None = None) -> Array:
     return wide.reshape(shape)
 
 
+@jax.custom_jvp
 def expm1_below_zero(x: Array) -> Array:
-    """Returns expm1(min(x, 0))."""
+    """Returns expm1(min(x, 0)), with derivative exp(min(x, 0)), which expm1(x) + 1 is not to the last digit."""
     return _for_platform(jnp.expm1(jnp.minimum(x, 0)), polynomial_expm1, x)
+
+
+@expm1_below_zero.defjvp
+def _expm1_below_zero_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x,), (g,) = primals, tangents
+    return expm1_below_zero(x), exp_below_zero(x) * g
 
 
 @jax.custom_jvp

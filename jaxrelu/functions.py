@@ -55,7 +55,7 @@ def relu(x: ArrayLike, *, kink: float = 0.0) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _relu(x: Array, kink: float) -> tuple[Array, Array]:
-    y = lowering.separate(jnp.maximum, x, 0)
+    y = lowering.separate(jnp.maximum, x, jnp.zeros_like(x))
     if jnp.issubdtype(x.dtype, jnp.integer):  # integers have no derivative, and jnp.abs refuses int2 and int4
         return y, y
     # CPU: if the rule read maximum(x, 0), XLA would keep x and compute the maximum again. Without abs it does so too where
@@ -70,7 +70,7 @@ def _relu(x: Array, kink: float) -> tuple[Array, Array]:
 @_relu.defjvp
 def _relu_jvp(kink: float, primals: Any, tangents: Any) -> _Pairs:
     (x,), (g,) = primals, tangents
-    y, read = _relu(x, kink)
+    y, read = lowering.outputs(_relu, x, kink)
     # not a product with a mask, as an infinite gradient times 0 is NaN; not jnp.where for the reason in `lowering.separate`
     t = lax.select(read > 0, g, _only_at_kink(x == 0, kink, g))
     return (y, read), (t, jnp.zeros_like(read))
@@ -108,10 +108,14 @@ def leaky_relu(x: ArrayLike, negative_slope: ArrayLike = 0.01, *, kink: float = 
     return _leaky_relu_array_jit(x, slope, None, kink)
 
 
+def _leaky_relu_value(x: Array, slope: float, kink: float) -> Array:
+    wide = widen(x)
+    return cast(jnp.where(wide > 0, wide, _at_kink(x, kink, slope) * wide), x)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _leaky_relu(x: Array, slope: float, kink: float) -> tuple[Array, Array]:
-    wide = widen(x)
-    y = cast(jnp.where(wide > 0, wide, slope * wide), x)
+    y = _leaky_relu_value(x, slope, kink)
     # the rule may read y in place of x only if both have the same sign, which takes a positive slope
     return lowering.readable(x, y, y, on_gpu=(y, y)) if slope > 0 else (y, x)
 
@@ -124,7 +128,7 @@ def _leaky_relu_jvp(slope: float, kink: float, primals: Any, tangents: Any) -> _
     return (y, read), (t, jnp.zeros_like(read))
 
 
-_leaky_relu_jit = lowering.core(_leaky_relu, "leaky_relu", (1, 2))
+_leaky_relu_jit = lowering.core(_leaky_relu, "leaky_relu", (1, 2), formula=_leaky_relu_value)
 
 
 def prelu(x: ArrayLike, negative_slope: ArrayLike, *, axis: int | None = None, kink: float = 0.0) -> Array:
@@ -153,14 +157,22 @@ def prelu(x: ArrayLike, negative_slope: ArrayLike, *, axis: int | None = None, k
                [ 2.,  2.]], dtype=float32)
     """
     x, kink = checked.floating("prelu", "x", x), checked.kink("prelu", kink)
-    return _prelu_jit(x, checked.fitting("prelu", "negative_slope", negative_slope, x, axis), axis, kink)
+    if number := checked.is_number(negative_slope):
+        negative_slope = float(checked.number("prelu", "negative_slope", negative_slope))
+    slope = checked.fitting("prelu", "negative_slope", negative_slope, x, axis)
+    return (_prelu_number_jit if number else _prelu_jit)(x, slope, axis, kink)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _prelu(x: Array, slope: Array, axis: int | None, kink: float) -> Array:
+def _prelu_value(x: Array, slope: Array, axis: int | None, kink: float) -> Array:
     # the slope is rounded to the dtype of x; the product is computed in float32 or wider, and rounded once
     wide = widen(x)
-    return cast(jnp.where(wide > 0, wide, cast(cast(align(slope, x, axis), x), wide) * wide), x)
+    slope = _at_kink(x, kink, cast(cast(align(slope, x, axis), x), wide))
+    # where x > 0, 0 is multiplied: in `portable`, JAX's own derivative in the slope would multiply 0 by an infinite x
+    return cast(jnp.where(wide > 0, wide, slope * jnp.where(wide > 0, jnp.zeros_like(wide), wide)), x)
+
+
+_prelu = jax.custom_jvp(_prelu_value, nondiff_argnums=(2, 3))
+_prelu_number = jax.custom_jvp(_prelu_value, nondiff_argnums=(2, 3))  # a slope that is a Python number is not learned
 
 
 @functools.partial(_prelu.defjvp, symbolic_zeros=True)
@@ -186,9 +198,17 @@ def _prelu_jvp(axis: int | None, kink: float, primals: Any, tangents: Any) -> tu
     return y, lowering.recomputed(tangent, x, slope, seen)
 
 
+@_prelu_number.defjvp
+def _prelu_number_jvp(axis: int | None, kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x, slope), (g, _) = primals, tangents
+    off = _at_kink(x, kink, cast(cast(align(slope, x, axis), x), widen(x))) * widen(g)
+    return _prelu_number(x, slope, axis, kink), jnp.where(x > 0, g, cast(off, g))
+
+
 # a call, as inlined on the CPU in bfloat16 it takes 1.18 of Flax's memory under dots_saveable (jax 0.12; test_memory.py)
-_prelu_jit = lowering.core(_prelu, "prelu", (2, 3), inline=False)
-_leaky_relu_array_jit = lowering.core(_prelu, "leaky_relu", (2, 3), inline=False)
+_prelu_jit = lowering.core(_prelu, "prelu", (2, 3), inline=False, formula=_prelu_value)
+_leaky_relu_array_jit = lowering.core(_prelu, "leaky_relu", (2, 3), inline=False, formula=_prelu_value)
+_prelu_number_jit = lowering.core(_prelu_number, "prelu", (2, 3), formula=_prelu_value)
 
 
 def elu(x: ArrayLike, alpha: ArrayLike = 1.0, *, kink: float = 0.0, save: Literal["input", "output"] = "input") -> Array:
@@ -231,39 +251,51 @@ def elu(x: ArrayLike, alpha: ArrayLike = 1.0, *, kink: float = 0.0, save: Litera
     return _elu_array_jit(x, checked.fitting("elu", "alpha", alpha, x), kink, save)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _elu(x: Array, alpha: Array, kink: float, save: str) -> Array:
+def _elu_value(x: Array, alpha: ArrayLike, kink: float, save: str) -> Array:
     wide = widen(x)
-    return cast(jnp.where(wide > 0, wide, cast(align(alpha, x), wide) * expm1_below_zero(wide)), x)
+    alpha = _at_kink(x, kink, cast(align(alpha, x), wide))
+    return cast(jnp.where(wide > 0, wide, alpha * expm1_below_zero(wide)), x)
 
 
-@functools.partial(_elu.defjvp, symbolic_zeros=True)
-def _elu_jvp(kink: float, save: str, primals: Any, tangents: Any) -> tuple[Array, Array]:
+_elu = jax.custom_jvp(_elu_value, nondiff_argnums=(1, 2, 3))
+_elu_array = jax.custom_jvp(_elu_value, nondiff_argnums=(2, 3))
+
+
+@_elu.defjvp
+def _elu_jvp(alpha: ArrayLike, kink: float, save: str, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x,), (g,) = primals, tangents
+    y = _elu(x, alpha, kink, save)
+    if save == "output":
+        # jnp.where has derivative 0 at y = 0, and jnp.minimum has not: elu's second derivative at 0 is to be 0
+        slope = jnp.where(y >= 0, jnp.zeros_like(y), y) + alpha
+        return y, lax.select(y > 0, g, cast(slope, x) * g)
+    return y, _elu_tangent(x, alpha, kink, g)
+
+
+@functools.partial(_elu_array.defjvp, symbolic_zeros=True)
+def _elu_array_jvp(kink: float, save: str, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x, alpha), (g, h) = primals, tangents
-    y, wide = _elu(x, alpha, kink, save), widen(x)
-    t = jnp.zeros_like(x)
-    if type(g) is not SymbolicZero:
-        if save == "output":
-            # jnp.where has derivative 0 at y = 0, and jnp.minimum has not: elu's second derivative at 0 is to be 0
-            on, slope = y > 0, jnp.where(y >= 0, jnp.zeros_like(y), y) + alpha
-        else:
-            # exp(x) itself, because expm1(x) + 1 loses digits: in bfloat16 most of them below x = -4
-            on, slope = x > 0, _at_kink(x, kink, cast(align(alpha, x), wide) * exp_below_zero(wide))
-        # The slope of a 16-bit x is rounded to 16 bits before the product, so that a scan over layers keeps 16-bit slopes.
-        # CPU, float32, a ResNet-18: for x > 0 the gradient is selected; multiplied by a slope of 1, it would take 1.03 times
-        # the memory of jax.nn's elu (test_memory_beside_the_reference)
-        t = lax.select(on, g, cast(slope, x) * g)
+    t = jnp.zeros_like(x) if type(g) is SymbolicZero else _elu_tangent(x, alpha, kink, g)
     if type(h) is not SymbolicZero:
-        # the derivative in alpha is expm1(min(x, 0)), computed by elu itself so that this rule holds for its derivative too.
-        # As in prelu's rule, the tangent is set to 0 for x > 0 before the product
-        e = _elu(jnp.where(wide > 0, jnp.zeros_like(wide), wide), jnp.ones_like(alpha), 0.0, "input")
-        h = align(h, x)
-        t += cast(e * cast(jnp.where(wide > 0, jnp.zeros_like(h), h), wide), x)
-    return y, t
+        # as in prelu's rule, the tangent is set to 0 for x > 0 before the product
+        on, h = x > 0, align(h, x)
+        e = expm1_below_zero(widen(x))
+        t += cast(e * cast(jnp.where(on, jnp.zeros_like(h), h), e), x)
+    return _elu_array(x, alpha, kink, save), t
+
+
+def _elu_tangent(x: Array, alpha: ArrayLike, kink: float, g: Array) -> Array:
+    wide = widen(x)
+    # exp(x) itself, because expm1(x) + 1 loses digits: in bfloat16 most of them below x = -4
+    slope = _at_kink(x, kink, cast(align(alpha, x), wide) * exp_below_zero(wide))
+    # The slope of a 16-bit x is rounded to 16 bits before the product, so that a scan over layers keeps 16-bit slopes.
+    # CPU, float32, a ResNet-18: for x > 0 the gradient is selected; multiplied by a slope of 1, it would take 1.03 times
+    # the memory of jax.nn's elu (test_memory_beside_the_reference)
+    return lax.select(x > 0, g, cast(slope, x) * g)
 
 
 _elu_jit = lowering.core(_elu, "elu", (1, 2, 3))
-_elu_array_jit = lowering.core(_elu, "elu", (2, 3))
+_elu_array_jit = lowering.core(_elu_array, "elu", (2, 3), formula=_elu_value)
 
 
 def relu6(x: ArrayLike, *, kink: float = 0.0) -> Array:
@@ -292,7 +324,7 @@ def relu6(x: ArrayLike, *, kink: float = 0.0) -> Array:
 def _relu6(x: Array, kink: float) -> tuple[Array, Array]:
     integer = jnp.issubdtype(x.dtype, jnp.integer)
     top = min(6, int(jnp.iinfo(x.dtype).max)) if integer else 6  # the largest int2 is 1
-    y = lowering.separate(lambda x: jnp.minimum(jnp.maximum(x, 0), top), x)  # pyright: ignore[reportUnknownLambdaType], an Array
+    y = lowering.separate(_clipped, x, jnp.zeros_like(x), jnp.full_like(x, top))
     # CPU and GPU: if the rule reads minimum(maximum(x, 0), 6), XLA keeps x and computes that from it again; this form it
     # keeps (test_memory_of_a_gradient, test_the_gradient_reads_the_output_but_on_a_tpu)
     opaque = jnp.where(x > 0, jnp.minimum(x, top), jnp.maximum(x, 0))
@@ -302,12 +334,16 @@ def _relu6(x: Array, kink: float) -> tuple[Array, Array]:
 @_relu6.defjvp
 def _relu6_jvp(kink: float, primals: Any, tangents: Any) -> _Pairs:
     (x,), (g,) = primals, tangents
-    y, read = _relu6(x, kink)
+    y, read = lowering.outputs(_relu6, x, kink)
     t = lax.select((read > 0) & (read < 6), g, _only_at_kink((x == 0) | (x == 6), kink, g))
     return (y, read), (t, jnp.zeros_like(read))
 
 
 _relu6_jit = lowering.core(_relu6, "relu6", (1,))
+
+
+def _clipped(x: Array, low: Array, high: Array) -> Array:
+    return jnp.minimum(jnp.maximum(x, low), high)
 
 
 def _at_kink(x: Array, kink: float, slope: Any) -> Any:

@@ -28,6 +28,10 @@ class LeakyReLU(nn.Module):
     negative_slope: float = 0.01
     kink: float = 0.0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "negative_slope", _flax.static("LeakyReLU", "negative_slope", self.negative_slope))
+        super().__post_init__()
+
     def __call__(self, x: ArrayLike) -> Array:
         return functions.leaky_relu(x, self.negative_slope, kink=self.kink)
 
@@ -80,6 +84,10 @@ class ELU(nn.Module):
     alpha: float = 1.0
     kink: float = 0.0
     save: Literal["input", "output"] = "input"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", _flax.static("ELU", "alpha", self.alpha))
+        super().__post_init__()
 
     def __call__(self, x: ArrayLike) -> Array:
         return functions.elu(x, self.alpha, kink=self.kink, save=self.save)

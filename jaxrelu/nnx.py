@@ -29,7 +29,8 @@ class LeakyReLU(nnx.Module):
     """`jaxrelu.leaky_relu` as a module, with the options of the function."""
 
     def __init__(self, negative_slope: float = 0.01, *, kink: float = 0.0) -> None:
-        self.negative_slope, self.kink = negative_slope, kink
+        self.negative_slope = _flax.static("LeakyReLU", "negative_slope", negative_slope)
+        self.kink = kink
 
     def __call__(self, x: ArrayLike) -> Array:
         return functions.leaky_relu(x, self.negative_slope, kink=self.kink)
@@ -87,7 +88,7 @@ class ELU(nnx.Module):
     """`jaxrelu.elu` as a module, with the options of the function."""
 
     def __init__(self, alpha: float = 1.0, *, kink: float = 0.0, save: Literal["input", "output"] = "input") -> None:
-        self.alpha, self.kink = alpha, kink
+        self.alpha, self.kink = _flax.static("ELU", "alpha", alpha), kink
         self.save: Literal["input", "output"] = save
 
     def __call__(self, x: ArrayLike) -> Array:

@@ -1,5 +1,6 @@
 import copy
 import functools
+import math
 import pickle
 
 import chex
@@ -48,6 +49,19 @@ def test_linen_is_nnx_is_the_function(case: Case):
 def test_modules_are_the_function_outside_jit(case: Case):
     linen, modern = getattr(jaxrelu.linen, case.module)(), getattr(jaxrelu.nnx, case.module)()
     chex.assert_trees_all_equal(linen_output(linen), modern(X), case.function(X))
+
+
+@pytest.mark.parametrize("name", ["LeakyReLU", "ELU"])
+def test_modules_that_differ_in_the_sign_of_a_zero_do_not_share_a_compiled_function(name):
+    x, run = jnp.array([-2.0]), nnx.jit(lambda module, x: module(x))
+    linen, modern = getattr(jaxrelu.linen, name), getattr(jaxrelu.nnx, name)
+    compiled, by_hash = jax.jit(linen.apply, static_argnums=0), nn.jit(linen)
+    for function in (lambda s: run(modern(s), x), lambda s: compiled(linen(s), {}, x), lambda s: by_hash(s).apply({}, x)):
+        assert [bool(np.signbit(function(s)[0])) for s in (-0.0, 0.0, -0.0)] == [False, True, False]
+    assert linen(0.0) == linen(0) != linen(-0.0)
+    assert linen(math.nan) == linen(math.nan)
+    assert hash(linen(0.0)) == hash(linen(0)) != hash(linen(-0.0))
+    assert pickle.loads(pickle.dumps(linen(-0.0))) == linen(-0.0)
 
 
 @pytest.mark.parametrize("package", [jaxrelu.linen, jaxrelu.nnx])

@@ -26,6 +26,7 @@ from cases import (
     value_and_derivative,
     value_and_derivatives,
 )
+from jaxrelu import inplace
 
 # of tests that ask what is done, not how it is rounded
 quick = pytest.mark.usefixtures("quick_compilation")
@@ -502,4 +503,42 @@ def test_unselected_sides_stay_finite(case: Case):
 
 def test_every_function_has_a_row():
     public = {name for name, value in vars(jaxrelu).items() if inspect.isfunction(value)}
-    assert public == {case.name for case in CASES}
+    assert public == {case.name for case in CASES} | {"portable"}
+
+
+@each_parameter
+@pytest.mark.parametrize("kink", [0.0, 0.5])
+def test_a_parameter_is_a_python_number_or_an_array(case: Case, kink):
+    x = np.float32([-np.inf, -3.0, -1.0, -0.0, 0.0, 0.5, 3.0, np.inf, np.nan])
+    for dtype, number in itertools.product((jnp.float32, jnp.bfloat16), (0.25, 2.0)):
+        as_number = functools.partial(case.public, kink=kink, **{case.parameter: number})
+        as_array = functools.partial(case.public, kink=kink, **{case.parameter: np.full(9, number, np.float32)})
+        for one, other in zip(*(value_and_derivative(f, x.astype(dtype)) for f in (as_number, as_array)), strict=True):
+            np.testing.assert_array_equal(one.astype(np.float32), other.astype(np.float32))
+
+
+def in_jit(function):
+    return lambda x, s: jax.jit(lambda x: function(x, s))(x)
+
+
+def tangent(function):
+    return lambda x, s: jax.jvp(lambda x: function(x, s), (x,), (jnp.ones_like(x),))[1]
+
+
+@each_parameter
+def test_equal_numbers_that_differ_do_not_share_a_compiled_function(case: Case):
+    functions = (case.public, getattr(inplace, case.name), in_jit(case.public))
+    for function in functions:
+        # for x < 0 the value is the number times one that is negative, and the derivative times one that is positive
+        for transformed, positive in ((function, -0.0), (tangent(function), 0.0)):
+            outputs = [transformed(jnp.array([-2.0]), number) for number in (positive, -positive, positive)]
+            assert np.signbit(outputs).ravel().tolist() == [False, True, False]
+
+
+@each_parameter
+def test_a_nan_compiles_once(case: Case):
+    x = jnp.ones(3)
+    case.public(x, float("nan"))
+    with count_traces() as traces:
+        case.public(x, float("nan"))
+    assert not traces
