@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Number", "fitting", "floating", "is_int", "is_number", "kink", "number", "real"]
+__all__ = ["Number", "fitting", "floating", "is_float", "is_int", "is_number", "kink", "number", "real"]
 
 
 class Number(float):
@@ -61,6 +61,11 @@ def _is_a(dtype: Any, kind: Any) -> bool:
     # JAX has no longdouble; NumPy counts a timedelta ("m") as an integer; float8_e8m0fnu has neither a sign nor a zero
     is_one = jnp.issubdtype(dtype, kind) and dtype.itemsize <= 8 and dtype.kind != "m"
     return is_one and (kind is jnp.integer or bool(jnp.finfo(dtype).min < 0))
+
+
+def is_float(dtype: Any) -> bool:
+    """Returns whether a dtype is one of floats that the functions take; raises TypeError if it is no dtype."""
+    return _is_a(jnp.dtype(dtype), jnp.floating)
 
 
 def real(function: str, argument: str, x: Any) -> Any:

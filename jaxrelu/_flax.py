@@ -28,11 +28,11 @@ def parameter_shape(num_parameters: object, **dtypes: DTypeLike | None) -> tuple
         )
     for name, dtype in dtypes.items():
         try:
-            fits = dtype is None or jnp.issubdtype(dtype, jnp.floating)
+            fits = dtype is None or checked.is_float(dtype)
         except TypeError:  # this is no dtype
             fits = False
         if not fits:
-            raise TypeError(f"PReLU: {name} must be a float dtype, got {dtype!r}; an integer slope would be rounded")
+            raise TypeError(f"PReLU: {name} must be a float dtype, got {dtype!r}; one with a sign, as float32")
     return () if num_parameters == 1 else (num_parameters,)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxrelu
-from cases import Case, each_case
+from cases import Case, count_traces, each_case
 from jaxrelu.initializers import gain, kaiming_normal, kaiming_uniform
 
 # of tests that ask what is done, not how it is rounded
@@ -86,10 +86,98 @@ def test_gain_inside_jit_and_eval_shape():
 def test_gain_refuses():
     with pytest.raises(TypeError, match="gain: activation must be a function"):
         gain("relu")
-    with pytest.raises(TypeError, match="gain: activation must be elementwise"):
+    with pytest.raises(TypeError, match="gain: activation must map a scalar to a real scalar"):
         gain(lambda x: jnp.stack([x, x]))
-    with pytest.raises(ValueError, match="gain: the second moment must be positive and finite, got 0"):
+    with pytest.raises(ValueError, match="gain: the second moment must be positive and finite, got "):
         gain(jnp.zeros_like)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float8_e4m3fn], ids=lambda dtype: dtype.__name__)
+def test_gain_of_a_function_that_rounds(dtype):
+    info = jnp.finfo(dtype)
+
+    def rounded(z):
+        return jnp.clip(jaxrelu.elu(z), -float(info.max), float(info.max)).astype(dtype).astype(jnp.float32)
+
+    # in 8 bits, the rounding of a number of magnitude 1 is up to 1/16
+    tolerance = 1e-3 if info.bits == 16 else 2e-3
+    assert gain(rounded) == pytest.approx(1.2451983007, rel=tolerance)
+
+
+def test_gain_of_steps():
+    assert gain(lambda z: jnp.round(z * 1000) / 1000) == pytest.approx(1, rel=1e-6)
+    # E[round(z)^2] = 2 sum (2 k - 1) P(z > k - 1/2)
+    closed = 2 * sum((2 * k - 1) * mpmath.ncdf(0.5 - k) for k in range(1, 30))
+    assert gain(jnp.round) == pytest.approx(float(1 / mpmath.sqrt(closed)), rel=1e-9)
+    assert gain(lambda z: z > 0) == pytest.approx(math.sqrt(2), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        *(lambda z: 1 / z, lambda z: jnp.abs(z) ** -0.5, lambda z: jnp.exp(z * z / 4), lambda z: jnp.exp(z * z)),
+        *(lambda z: jnp.exp(20 * z), jnp.log, lambda z: z * jnp.nan),
+    ],
+)
+@pytest.mark.parametrize(("name", "function"), [("gain", gain), ("kaiming_normal", kaiming_normal)])
+def test_a_moment_that_is_infinite_is_refused(name, function, activation):
+    with pytest.raises(ValueError, match=f"^{name}: the second moment must be positive and finite, got inf"):
+        function(activation)
+
+
+@pytest.mark.parametrize("activation", [np.arctan, np.tanh, math.tanh, lambda z: z if z > 0 else 0.0, float], ids=str)
+@pytest.mark.parametrize("function", [gain, kaiming_normal, kaiming_uniform])
+def test_what_is_no_function_of_jax_is_refused(function, activation):
+    for _ in range(2):
+        with pytest.raises(TypeError, match=f"^{function.__name__}: activation must be a function of JAX, .* got "):
+            function(activation)
+
+
+def test_what_is_not_real_is_refused():
+    for result in (lambda z: jax.lax.complex(z, z), lambda z: None, lambda z: (z, z), lambda z: jax.random.key(0)):
+        with pytest.raises(TypeError, match="kaiming_uniform: activation must map a scalar to a real scalar, got "):
+            kaiming_uniform(result)
+    with pytest.raises(TypeError, match=r"gain: activation must map a scalar to a real scalar, got .*bool"):
+        gain(lambda z: z > 0, backward=True)
+    with pytest.raises(TypeError, match="kaiming_normal: activation must be a function, "):
+        kaiming_normal("relu")
+
+
+def test_an_integral_is_remembered():
+    for activation in (
+        lambda: jaxrelu.relu,
+        lambda: functools.partial(jaxrelu.leaky_relu, negative_slope=0.3),
+        lambda: functools.partial(functools.partial(jaxrelu.elu, kink=0.5), alpha=0.7),
+    ):
+        first = gain(activation())
+        kaiming_normal(activation())
+        with count_traces() as traces:
+            assert gain(activation()) == first
+            kaiming_normal(activation())
+        assert not traces
+    # what compares equal is not the same
+    functions = [functools.partial(jaxrelu.leaky_relu, negative_slope=slope) for slope in (1, 1.5)]
+    assert gain(functions[0]) > gain(functions[1])
+    gain(functools.partial(jaxrelu.relu, kink=1))
+    with pytest.raises(TypeError, match="relu: kink must be a Python number"):
+        gain(functools.partial(jaxrelu.relu, kink=True))
+
+
+@quick
+@pytest.mark.parametrize("kaiming", [kaiming_normal, kaiming_uniform])
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16, jnp.float16])
+def test_weights_of_few_bits_are_those_of_float32_rounded(kaiming, dtype):
+    draw = jax.jit(kaiming(), static_argnums=(1, 2))
+    weights, exact = (draw(jax.random.key(0), (300, 500), d).astype(jnp.float32) for d in (dtype, jnp.float32))
+    rounding = {"rtol": float(jnp.finfo(dtype).eps), "atol": float(jnp.finfo(dtype).smallest_subnormal)}
+    np.testing.assert_allclose(weights, exact, **rounding)
+    assert float((weights**2).mean()) == pytest.approx(2 / 300, rel=0.03)
+
+
+def test_weights_of_a_dtype_without_sign_are_refused():
+    for dtype in (jnp.float8_e8m0fnu, jnp.int32):
+        with pytest.raises(TypeError, match="kaiming_normal: dtype must be one of floats with a sign, got "):
+            kaiming_normal()(jax.random.key(0), (3, 4), dtype)
 
 
 def test_gain_of_a_square_that_overflows():
