@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +9,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+from rich.table import Table
 
-from jaxrelu.benchmark import children, cli, networks, polynomial, targets, timing
+from jaxrelu.benchmark import children, cli, networks, polynomial, report, targets, timing
 from jaxrelu.benchmark.peers import PEERS
 
 TINY = ["--quick", "--sizes=48,96", "--batch=128", "--width=256", "--layers=2", "--activations=relu,prelu"]
 FIELDS = {"activation", "peer", "what", "network", "dtype", "size", "spread", "device", "versions", "date"}
 NAMES = {"jaxrelu", "jax.nn", "flax", "torch", "copy", "identity", "jax.nn+checkpoint", "flax+checkpoint", "jax", "step"}
+
+
+RECORD = {
+    "activation": "relu",
+    "peer": "jaxrelu",
+    "what": "memory",
+    "network": "mlp",
+    "dtype": "float32",
+    "size": 48,
+    "spread": None,
+    "device": "a device",
+    "temp_bytes": 3 * 2**20,
+    "versions": {"jax": "0"},
+    "date": "2026-01-01",
+}
 
 
 def lines(path):
@@ -61,25 +81,98 @@ def test_each_kind_is_measured(measured):
     assert forward == small | large
 
 
-def test_tables_are_whole_when_piped(measured, capsys):
-    assert cli.main([f"--from={measured}"]) == 0
-    out = capsys.readouterr().out
+@pytest.mark.parametrize("width", [None, 30, 60, 200])
+def test_tables_fit_and_are_whole(width, root, monkeypatch, capsys):
+    made = []
+
+    def recorded(**options):
+        made.append(Table(**options))
+        return made[-1]
+
+    monkeypatch.setattr(report, "Table", recorded)
+    monkeypatch.setenv("COLUMNS", str(width or 200))  # to which a pipe pays no heed
+    if width:
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        monkeypatch.setenv("TERM", "xterm")
+    files = [root / "measurements" / name for name in ("cpu.jsonl", "cpu_times.jsonl", "h200.jsonl")]
+    assert cli.main(["--from", *map(str, files)]) == 0
+    out = re.sub("\x1b.*?m", "", capsys.readouterr().out)
+    assert max(map(len, out.splitlines())) <= (width or 80)
     assert "…" not in out
-    assert max(map(len, out.splitlines()[:-1])) <= 150
-    for record in lines(measured):
-        if record["what"] in ("forward", "gradient", "inplace"):
-            assert any(
-                line.split()[:4] == [record["what"], record["activation"], record["dtype"], str(record["size"])]
-                for line in out.splitlines()
-            )
+    for table in made:
+        headings = [column.header for column in table.columns]
+        assert len(set(headings)) == len(headings)
+        assert all(any(column.cells) for column in table.columns)
+    if width != 30:  # where a cell that is wider than the terminal goes on in the next line
+        for record in (record for file in files for record in lines(file)):
+            if "temp_bytes" in record:
+                assert f"{record['temp_bytes'] / 2**20:.1f}" in out
+            else:
+                scale, unit = next(
+                    (s, u) for s, u in ((1, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")) if record["median_s"] >= s
+                )
+                assert f"{record['median_s'] / scale:.3g} {unit}" in out
+    said = " ".join(out.split())
+    assert "floor: the same without an activation" in said
+    for term in ("jax.nn", "copy", "fusions", "spread", "elu_output", "+ckpt", "scan"):
+        assert re.search(rf"^{re.escape(term)}: ", out, re.MULTILINE), term
 
 
-def test_memory_of_several_devices_is_drawn(measured, tmp_path):
-    other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps(record | {"device": "another"}) + "\n" for record in lines(measured)))
-    picture = tmp_path / "memory.png"
-    assert cli.main(["--from", str(measured), str(other), f"--plot={picture}"]) == 0
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+def test_only_terms_that_a_table_uses_are_explained(measured, tmp_path, capsys):
+    path = tmp_path / "import.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in lines(measured) if r["what"] == "import"))
+    assert cli.main([f"--from={path}"]) == 0
+    assert re.findall(r"^(\S+): ", capsys.readouterr().out, re.MULTILINE) == ["spread", lines(measured)[0]["date"][:10]]
+
+
+def of_devices(count, networks):
+    """Returns measurements in which jaxrelu takes 3 MiB and its peer 4."""
+    peers = ((3, {}), (4, {"peer": "jax.nn"}), (2, {"peer": "identity", "activation": None}))
+    return [
+        RECORD
+        | {"device": f"a device of a name so long that it needs lines, {device}", "network": network}
+        | fields
+        | {"temp_bytes": size * 2**20}
+        for device in range(count)
+        for network in networks
+        for size, fields in peers
+    ]
+
+
+@pytest.mark.parametrize(
+    ("records", "panels", "ratio"),
+    [
+        (None, 4, "0.56"),
+        (of_devices(1, ["mlp"]), 1, "0.75"),
+        (of_devices(4, ["mlp"]), 1, "0.75"),
+        (of_devices(3, ["mlp", "scan"]), 3, "0.75"),
+    ],
+    ids=["the files", "one group", "four devices", "three panels"],
+)
+def test_the_picture_says_the_ratios_and_nothing_overlaps(records, panels, ratio, root, tmp_path, monkeypatch):
+    if records is None:
+        records = [r for name in ("cpu", "h200", "tpu") for r in lines(root / "measurements" / f"{name}.jsonl")]
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    report.plot_memory(records, tmp_path / "memory.png")
+    [figure] = drawn
+    monkeypatch.undo()
+    assert (tmp_path / "memory.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(figure.axes) == panels
+    figure.canvas.draw()  # at the figure's own resolution, in which extents are given
+    numbers = {label for axis in figure.axes for label in axis.get_xticklabels()}  # some lie outside and are not drawn
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible() and text not in numbers]
+    assert ratio in {text.get_text().strip() for text in texts}
+    assert all(len(axis.texts) == len(axis.get_yticks()) for axis in figure.axes)  # a ratio for each group
+    boxes = [text.get_window_extent() for text in texts]
+    bars = [bar.get_window_extent() for axis in figure.axes for bar in axis.patches]
+    for number, box in enumerate(boxes):
+        assert figure.bbox.count_contains(box.corners()) == 4, texts[number]
+        for other in (*boxes[number + 1 :], *bars):
+            inside = Bbox.intersection(box, other)
+            # a box has room above and below its letters
+            assert inside is None or min(inside.width, inside.height) < 0.3 * box.height, texts[number]
+    plt.close(figure)
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
@@ -132,13 +225,6 @@ def test_wrong_options_are_one_line(arguments, words, capsys, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_description_of_the_h200_comes_with_the_package(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # a wheel's user has no checkout
-    description = cli.build_parser().parse_args([]).target
-    assert 'name: "NVIDIA H200"' in description.read_text()
-    assert description.parent == Path(cli.__file__).parent
-
-
 def test_a_line_that_is_no_measurement_is_refused(tmp_path, capsys):
     path = tmp_path / "lines.jsonl"
     whole = dict.fromkeys(FIELDS | {"temp_bytes"})
@@ -147,6 +233,20 @@ def test_a_line_that_is_no_measurement_is_refused(tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.main([f"--from={path}"])
         assert "line 1 is no measurement" in capsys.readouterr().err
+
+
+def test_the_description_of_the_h200_comes_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a wheel's user has no checkout
+    description = cli.build_parser().parse_args([]).target
+    assert 'name: "NVIDIA H200"' in description.read_text()
+    assert description.parent == Path(cli.__file__).parent
+
+
+def test_markup_in_a_name_is_text(tmp_path, capsys):
+    path = tmp_path / "lines.jsonl"
+    path.write_text(json.dumps(RECORD | {"device": "[red]card[/red] :smile:"}))
+    assert cli.main([f"--from={path}"]) == 0
+    assert "[red]card[/red] :smile:" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_plot_without_memory_is_refused(measured, tmp_path, capsys):
@@ -216,7 +316,7 @@ def test_peak_of_a_run(tmp_path, monkeypatch, capfd):
     # two activations of 8 MiB are there at once
     assert all(2**24 <= r["temp_bytes"] < r["peak_bytes"] for r in records)
     assert cli.main([f"--from={path}"]) == 0
-    assert "peak mlp" in capfd.readouterr().out
+    assert "the device's peak" in capfd.readouterr().out
 
 
 def test_kernels_are_counted_by_name():
