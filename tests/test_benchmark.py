@@ -1,9 +1,15 @@
 import json
 import os
 import re
+import resource
+import runpy
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -175,20 +181,96 @@ def test_the_picture_says_the_ratios_and_nothing_overlaps(records, panels, ratio
     plt.close(figure)
 
 
-def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
+@pytest.fixture
+def planned(monkeypatch):
+    """Replaces what is measured by a list, to be filled: of measurements, or of errors to be raised."""
+    plan = []
 
-    monkeypatch.setattr(timing, "eager", interrupt)
-    path = tmp_path / "lines.jsonl"
+    def measures():
+        for item in plan:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    monkeypatch.setattr(cli, "Plan", lambda **options: SimpleNamespace(groups=lambda: [("group", measures())]))
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "words"), [(KeyboardInterrupt(), 130, "interrupted"), (cli.Terminated(), 143, "terminated")]
+)
+def test_a_stopped_run_keeps_what_was_measured(stop, code, words, planned, tmp_path, capsys):
+    planned += [RECORD, RECORD | {"peer": "jax.nn", "temp_bytes": 4 * 2**20}, stop]
+    path, picture = tmp_path / "lines.jsonl", tmp_path / "memory.png"
     path.write_text('{"kept": true}\n')
-    assert cli.main([*TINY, "--sizes=48", "--activations=relu", f"--json={path}"]) == 130
-    kept = lines(path)
-    assert kept[0] == {"kept": True}
-    assert {record["what"] for record in kept[1:]} == {"memory", "forward", "gradient", "inplace"}
+    assert cli.main([f"--json={path}", f"--plot={picture}"]) == code
+    assert [record.get("peer") for record in lines(path)] == [None, "jaxrelu", "jax.nn"]
     captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.splitlines()[-1] == f"jaxrelu.benchmark: interrupted; {len(kept) - 1} measurements are in {path}"
+    assert "0.75" in captured.out
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert captured.err.splitlines()[-1] == f"jaxrelu.benchmark: {words}; 2 measurements are in {path}"
+
+
+def test_sigterm_ends_the_command_as_ctrl_c_does(monkeypatch):
+    def terminated():
+        assert callable(signal.getsignal(signal.SIGTERM))  # else the signal would end the tests
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(cli, "main", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(cli.Terminated):
+            runpy.run_module("jaxrelu.benchmark", run_name="__main__")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory\nat length"), "RESOURCE_EXHAUSTED: out of memory"),
+        (RuntimeError("a child process failed: exit code -9"), "exit code -9"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_a_measurement_that_fails_is_one_line(error, words, planned, capsys):
+    planned += [RECORD, error]
+    assert cli.main([]) == 1
+    captured = capsys.readouterr()
+    assert "3.000" in captured.out
+    line = captured.err.splitlines()[-1]
+    assert line.startswith("jaxrelu.benchmark: error: ")
+    assert line.endswith(f"{words}; the tables show what was measured")
+
+
+def test_a_child_that_is_killed_has_a_message():
+    with pytest.raises(RuntimeError, match="exit code -9"):
+        children.run("import os; os.kill(os.getpid(), 9)")
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_full_disk_is_one_line(option, planned, tmp_path, capsys):
+    planned += [RECORD]
+    (full := tmp_path / "full.png").symlink_to("/dev/full")
+    assert cli.main([f"{option}={full}"]) == 1
+    captured = capsys.readouterr()
+    assert "3.000" in captured.out
+    assert captured.err.splitlines()[-1].startswith("jaxrelu.benchmark: error: [Errno 28] No space left on device: ")
+    assert str(full) in captured.err.splitlines()[-1]
+
+
+def test_a_disk_that_fills_up_keeps_whole_lines_and_no_half_picture(planned, tmp_path, capsys):
+    planned += [RECORD] * 9
+    path, picture = tmp_path / "lines.jsonl", tmp_path / "memory.png"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        assert cli.main([f"--json={path}"]) == 1
+        assert cli.main([f"--from={path}", f"--plot={picture}"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert lines(path) != []
+    assert not picture.exists()
 
 
 @pytest.mark.parametrize(
@@ -210,6 +292,41 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
         (["--platform", "tpu-v5e"], "--compile-only"),
         (["--platform", "gpu"], "no GPU"),
         (["--quik"], "--quik"),
+        # without effect
+        (["--target=h200.txtpb"], "--platform h200"),
+        (["--target=h200.txtpb", "--platform=cpu"], "--platform h200"),
+        (["--compile-only", "--what=step"], "--compile-only measures memory"),
+        (["--compile-only", "--sizes=48"], "--sizes has no effect on memory"),
+        (["--what=step,observed", "--sizes=48"], "--sizes has no effect on step,observed"),
+        (["--what=elementwise", "--networks=mlp"], "--networks"),
+        (["--what=observed", "--networks=mlp"], "--networks"),
+        (["--what=resident", "--batch=128"], "--batch"),
+        (["--what=eager", "--width=64"], "--width"),
+        (["--what=import", "--layers=8"], "--layers"),
+        (["--what=import,observed", "--activations=relu"], "--activations"),
+        (["--what=import", "--dtype=float32"], "--dtype"),
+        (["--what=step", "--plot=memory.png"], "--plot has no effect on step, but on memory"),
+        (["--what=step", "--networks=mlp,linen"], "a step is not timed in linen"),
+        (["--what=step,memory", "--networks=linen,nnx"], "a step is not timed in linen,nnx"),
+        (["--what=step", "--quick", "--activations=relu,elu"], "--quick"),
+        *(
+            (["--from=x.jsonl", option], option.split("=")[0])
+            for option in (
+                "--activations=relu",
+                "--what=step",
+                "--networks=mlp",
+                "--dtype=float32",
+                "--sizes=48",
+                "--batch=128",
+                "--width=512",
+                "--layers=8",
+                "--json=y.jsonl",
+                "--quick",
+                "--platform=cpu",
+                "--compile-only",
+                "--target=h200.txtpb",
+            )
+        ),
     ],
 )
 def test_wrong_options_are_one_line(arguments, words, capsys, tmp_path, monkeypatch):
@@ -225,16 +342,6 @@ def test_wrong_options_are_one_line(arguments, words, capsys, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_line_that_is_no_measurement_is_refused(tmp_path, capsys):
-    path = tmp_path / "lines.jsonl"
-    whole = dict.fromkeys(FIELDS | {"temp_bytes"})
-    for missing in (*FIELDS, "temp_bytes"):
-        path.write_text(json.dumps({name: whole[name] for name in whole if name != missing}) + "\n")
-        with pytest.raises(SystemExit):
-            cli.main([f"--from={path}"])
-        assert "line 1 is no measurement" in capsys.readouterr().err
-
-
 def test_the_description_of_the_h200_comes_with_the_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a wheel's user has no checkout
     description = cli.build_parser().parse_args([]).target
@@ -242,11 +349,115 @@ def test_the_description_of_the_h200_comes_with_the_package(tmp_path, monkeypatc
     assert description.parent == Path(cli.__file__).parent
 
 
+def refused(path, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main([f"--from={path}"])
+    assert error.value.code == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(json.dumps({name: RECORD[name] for name in RECORD if name != missing}) for missing in RECORD),
+        *(
+            json.dumps(RECORD | wrong)
+            for wrong in ({"what": "x"}, {"size": "x"}, {"versions": 1}, {"date": 1}, {"device": None})
+        ),
+        *(json.dumps(RECORD | {"temp_bytes": figure}) for figure in (None, "1", float("nan"), float("inf"))),
+        "1",
+        "[]",
+    ],
+)
+def test_a_line_that_is_no_measurement_is_refused(line, tmp_path, capsys):
+    path = tmp_path / "lines.jsonl"
+    path.write_text(json.dumps(RECORD) + "\n" + line + "\n")
+    assert "line 2 is no measurement" in refused(path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "holds no measurement"),
+        ("\n", "not lines of JSON"),
+        ("[" * 100_000, "not lines of JSON"),
+        (json.dumps(RECORD | {"activation": None, "peer": "identity"}), "no measurement that a table would show"),
+        (json.dumps(RECORD | {"peer": "x"}), "no measurement that a table would show"),
+    ],
+    ids=["empty", "a blank line", "nested", "floor alone", "unknown peer"],
+)
+def test_a_file_that_would_show_nothing_is_refused(text, words, tmp_path, capsys):
+    path = tmp_path / "lines.jsonl"
+    path.write_text(text)
+    assert words in refused(path, capsys)
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/zero"])
+def test_a_device_is_refused(path, capsys):
+    assert "a device" in refused(path, capsys)
+
+
+def test_a_pipe_is_read_once(capsys):
+    read, write = os.pipe()
+    os.write(write, json.dumps(RECORD).encode())
+    os.close(write)
+    assert cli.main([f"--from=/dev/fd/{read}"]) == 0
+    assert "3.000" in capsys.readouterr().out
+
+
 def test_markup_in_a_name_is_text(tmp_path, capsys):
     path = tmp_path / "lines.jsonl"
     path.write_text(json.dumps(RECORD | {"device": "[red]card[/red] :smile:"}))
     assert cli.main([f"--from={path}"]) == 0
     assert "[red]card[/red] :smile:" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("kind", ["saved", "resident", "peak"])
+def test_a_kind_that_cannot_be_measured_is_refused(kind, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "torch_here", lambda: False)
+    monkeypatch.setattr(children, "resettable", lambda: False)
+    with pytest.raises(SystemExit) as error:
+        cli.main(["--platform=cpu", f"--what={kind}"])
+    assert error.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"--what {kind} needs " in captured.err
+
+
+def test_help_says_the_default_of_each_option_and_its_examples_run(planned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parser = cli.build_parser()
+    for action in parser._actions[1:]:
+        assert "default: " in action.help, action.option_strings
+    planned += [RECORD]
+    examples = [line.split()[3:] for line in parser.epilog.splitlines()[1:]]
+    assert len(examples) == 3
+    for example in examples:
+        assert cli.main(example) == 0
+
+
+@pytest.mark.parametrize("page", ["README.md", "measurements/README.md"])
+def test_every_documented_command_is_accepted(page, root, planned, tmp_path, monkeypatch):
+    shutil.copytree(root / "measurements", tmp_path / "measurements")
+    monkeypatch.chdir(tmp_path / Path(page).parent)
+    text = (root / page).read_text().replace("\\\n", " ")
+    commands = (
+        re.findall(r"-m jaxrelu\.benchmark (.*)$", text, re.MULTILINE)
+        if page == "README.md"
+        else re.findall("`(--.*?)`", text)
+    )
+    assert len(commands) > 5
+    planned += [RECORD]
+    for name, found in cli.ENVIRONMENT.items():
+        monkeypatch.setenv(name, found)
+    monkeypatch.setattr(cli, "targets_ahead", lambda *arguments: [])
+    monkeypatch.setattr(report, "plot_memory", lambda records, path: None)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name)
+    for command in commands:
+        if "FILE" not in command:
+            assert cli.main(shlex.split(command)) == 0, command
 
 
 def test_a_plot_without_memory_is_refused(measured, tmp_path, capsys):
@@ -346,7 +557,7 @@ def test_both_forms_of_elu_are_elu():
         np.testing.assert_allclose(jax.jit(of_gradient)(x, jnp.full_like(x, 2.0)), 2 * slope, rtol=1e-6)
 
 
-def test_the_commands_for_a_gpu_have_options_that_exist(root, tmp_path):
+def test_the_commands_for_a_gpu_are_accepted(root, planned, tmp_path):
     recorder = tmp_path / "python"
     recorder.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "commands"}\n')
     recorder.chmod(0o700)
@@ -359,6 +570,8 @@ def test_the_commands_for_a_gpu_have_options_that_exist(root, tmp_path):
     parsed = [cli.build_parser().parse_args(command[2:]) for command in commands]
     assert [(options.platform, options.json) for options in parsed] == [("gpu", file)] * 3
     assert {kind for options in parsed for kind in options.what} == {"elementwise", "expm1", "memory", "step", "peak"}
+    planned += [RECORD]
+    assert [cli.main(["cpu" if word == "gpu" else word for word in command[2:]]) for command in commands] == [0, 0, 0]
 
 
 def test_peers_take_turns():

@@ -29,13 +29,15 @@ def run(code: str, **environment: str) -> str:
         **environment: variables to set in it, besides those of this process.
 
     Raises:
-        RuntimeError: the process failed. The message has the last line of its errors.
+        RuntimeError: the process failed. The message has the last line of its errors, or the exit code.
     """
     child = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
     )
     if child.returncode:
-        raise RuntimeError(f"a child process failed: {child.stderr.strip().splitlines()[-1]}")
+        # none if it was killed, for example for its memory
+        last = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+        raise RuntimeError(f"a child process failed: {last}")
     return child.stdout
 
 

@@ -16,7 +16,7 @@ from jaxrelu.benchmark.networks import EXPERT, STEPS, build
 from jaxrelu.benchmark.peers import PEERS, Activation, identity
 from jaxrelu.benchmark.targets import Target, compile_network, kernels
 
-__all__ = ["DEFAULT_KINDS", "KINDS", "Measures", "Plan", "here"]
+__all__ = ["DEFAULT_KINDS", "KINDS", "Measures", "Plan", "here", "lacks"]
 
 Measures = dict[str, Any]
 DEFAULT_KINDS = ("memory", "elementwise", "eager", "step", "saved", "resident", "observed", "import")
@@ -72,7 +72,6 @@ class Plan:
             yield "import", self._import()
 
     def _of_activation(self, activation: str, dtype: str) -> Iterator[tuple[str, Iterator[Measures]]]:
-        on_cpu = jax.default_backend() == "cpu"
         first = activation == self.activations[0]
         if "elementwise" in self.kinds:
             for size in self.sizes if first or not self.quick else self.sizes[-1:]:
@@ -84,12 +83,12 @@ class Plan:
         if "step" in self.kinds:
             for network in (name for name in self.running if name not in STEPS):
                 yield f"{activation} {dtype} {network} step", self._step(activation, network, dtype)
-        if "peak" in self.kinds and (not on_cpu or children.resettable()):
+        if "peak" in self.kinds and not lacks("peak"):
             for network in self.running:
                 yield f"{activation} {dtype} {network} peak", self._peak(activation, network, dtype)
-        if "saved" in self.kinds and on_cpu and timing.torch_here():
+        if "saved" in self.kinds and not lacks("saved"):
             yield f"{activation} {dtype} saved", self._saved(activation, dtype)
-        if "resident" in self.kinds and on_cpu and children.resettable():
+        if "resident" in self.kinds and not lacks("resident"):
             yield f"{activation} {dtype} resident", self._resident(activation, dtype)
 
     def _memory(self, target: Target, network: str, dtype: str) -> Iterator[Measures]:
@@ -193,6 +192,16 @@ def _timed(peer: str, time: timing.Timing) -> Measures:
 def _all_timed(common: Measures, times: Mapping[str, timing.Timing]) -> Iterator[Measures]:
     for peer, time in times.items():
         yield common | _timed(peer, time)
+
+
+def lacks(kind: str) -> str | None:
+    """Returns what is missing here for a kind of measurement."""
+    on_cpu = jax.default_backend() == "cpu"
+    if kind == "saved" and not (on_cpu and timing.torch_here()):
+        return "PyTorch and --platform cpu"
+    if kind == "resident" and not (on_cpu and children.resettable()):
+        return "Linux and --platform cpu"
+    return "Linux or a GPU" if kind == "peak" and on_cpu and not children.resettable() else None
 
 
 def here() -> str:
