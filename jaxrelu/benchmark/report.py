@@ -127,28 +127,30 @@ def _print(console: Console, title: str, rows: list[dict[str, str]]) -> None:
         console.print("", *terms, *[""] * bool(terms), sep="\n")
 
 
-def _figures(key: tuple[Any, ...], peers: Mapping[str, Record], rows: Rows) -> dict[str, str]:
-    """Returns the cells of a row after its names: what was measured first, and that divided by each of its peers."""
-    what = key[1]
+def _beside(key: tuple[Any, ...], peers: Mapping[str, Record], rows: Rows) -> dict[str, Record | None]:
+    """Returns by heading what a row measured, and then what it is compared with."""
     plain = rows.get((key[0], "forward", *key[2:]), {})
-    reference = peers.get("flax", peers.get("jax.nn"))
-    floor = peers.get("identity") or rows.get((*key[:3], None, *key[4:]), {}).get("identity")
-    found = {"jaxrelu": peers.get("jaxrelu"), "jax.nn": reference, "floor": floor}
-    if what == "inplace":
-        found = {"in place": peers.get("jaxrelu"), "not in place": plain.get("jaxrelu")}
-    elif what == "import":
-        found = {"jaxrelu": peers.get("jaxrelu"), "jax": peers.get("jax")}
-    elif what.startswith("observed"):
-        found = {"observed": peers.get("jaxrelu"), "not observed": peers.get("step")}
-    elif what in ("expm1", "exp"):
-        found = {"polynomial": peers.get("polynomial"), "jnp": peers.get("jnp")}
-    ours, first = next(iter(found.items()))
+    copy = {"copy": plain.get("copy"), "torch": peers.get("torch")}
+    if key[1] == "inplace":
+        return {"in place": peers.get("jaxrelu"), "not in place": plain.get("jaxrelu"), **copy}
+    if key[1] == "import":
+        return {"jaxrelu": peers.get("jaxrelu"), "jax": peers.get("jax")}
+    if key[1].startswith("observed"):
+        return {"observed": peers.get("jaxrelu"), "not observed": peers.get("step")}
+    if key[1] in ("expm1", "exp"):
+        return {"polynomial": peers.get("polynomial"), "jnp": peers.get("jnp")}
+    floor = peers.get("identity", rows.get((*key[:3], None, *key[4:]), {}).get("identity"))
+    return {"jaxrelu": peers.get("jaxrelu"), "jax.nn": peers.get("flax", peers.get("jax.nn")), "floor": floor, **copy}
+
+
+def _figures(key: tuple[Any, ...], peers: Mapping[str, Record], rows: Rows) -> dict[str, str]:
+    """Returns the cells of a row after its names, by heading."""
+    (ours, first), *others = _beside(key, peers, rows).items()
     cells = {ours: _figure(first), "spread": _seconds(first["spread"]) if first and first["spread"] is not None else ""}
-    for name, record in (found | {"copy": plain.get("copy"), "torch": peers.get("torch")}).items():
-        if name != ours:
-            cells |= {name: _figure(record), f"{ours}/\n{name}": _ratio(first, record)}
+    for name, record in others:
+        cells |= {name: _figure(record), f"{ours}/\n{name}": _ratio(first, record)}
     expert = next((record for peer, record in peers.items() if peer.endswith("+checkpoint")), None)
-    fusions = [str(r["fusions"]) for r in (first, reference) if r and "fusions" in r]
+    fusions = [str(r["fusions"]) for r in (first, *(record for _, record in others[:1])) if r and "fusions" in r]
     return cells | {"+ckpt": _figure(expert), "fusions": ", ".join(fusions)}
 
 
@@ -193,19 +195,12 @@ def plot_memory(records: Sequence[Record], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = {key: peers for key, peers in group(records).items() if key[1] == "memory"}
-    panels: dict[str, dict[str, tuple[Record | None, ...]]] = {}
+    panels: dict[str, dict[str, list[Record | None]]] = {}
     # a run that was interrupted may have measured a network without activations only
     for device in dict.fromkeys(key[0] for key in rows if key[3]):
         same = next(key[3:] for key in rows if key[0] == device and key[3])
-        groups = {
-            key[2]: (
-                peers.get("jaxrelu"),
-                peers.get("flax", peers.get("jax.nn")),
-                rows.get((*key[:3], None, *key[4:]), {}).get("identity"),
-            )
-            for key, peers in rows.items()
-            if key[0] == device and key[3:] == same
-        }
+        chosen = {key: peers for key, peers in rows.items() if key[0] == device and key[3:] == same}
+        groups = {key[2]: list(_beside(key, peers, rows).values())[:3] for key, peers in chosen.items()}
         title = f"{same[0]}, {same[1]}, {_size(same[2])} elements"
         if len(groups) == 1:
             [(network, bars)] = groups.items()
