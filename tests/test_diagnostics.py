@@ -1,17 +1,28 @@
+import contextlib
+import copy
 import functools
 import itertools
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from flax import serialization
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jaxrelu
 from dying import assert_stats
 from jaxrelu import diagnostics
-from jaxrelu.diagnostics import all_reduce, merge, unit_stats
+from jaxrelu.diagnostics import UnitStats, all_reduce, merge, unit_stats
 from jaxrelu.initializers import kaiming_normal
 
 # of tests that ask what is done, not how it is rounded
@@ -231,9 +242,19 @@ def test_bad_arguments_are_refused():
         unit_stats(z, axis=3)
     with pytest.raises(TypeError, match="unit_stats: axis must be an int"):
         unit_stats(z, axis=True)
-    for bad in (jnp.ones(3, complex), jnp.ones(3, bool), None, "z"):
+    for bad in (jnp.ones(3, complex), jnp.ones(3, bool), None, "z", jnp.ones(3, jnp.float8_e8m0fnu)):
         with pytest.raises(TypeError, match="unit_stats: z must be a real number or an array"):
             unit_stats(bad)
+    for name in ("to_scalars", "summary"):
+        for bad in (unit_stats(z), [unit_stats(z)], {"relu": z}, None):
+            with pytest.raises(TypeError, match=f"{name}: stats must be UnitStats by name, as observe returns them, got "):
+                getattr(diagnostics, name)(bad)
+    for bad in (z, {"relu": z}):
+        with pytest.raises(TypeError, match="all_reduce: stats must be UnitStats or a pytree of them, got "):
+            diagnostics.all_reduce(bad, "i")
+    for name, argument in (("check_init", "f"), ("gradient_flow", "loss")):
+        with pytest.raises(TypeError, match=f"{name}: {argument} must be a function, got "):
+            getattr(diagnostics, name)(z, z)
 
 
 def mlp(params, x):
@@ -259,8 +280,9 @@ def test_check_init_names_the_dead():
     params["params"]["layer_0"]["bias"][[1, 3]] = -50.0
     params["params"]["layer_1"]["bias"] -= 50.0
     with pytest.warns(UserWarning, match="check_init") as caught:
-        diagnostics.check_init(mlp, params, x)
+        report = diagnostics.check_init(mlp, params, x)
     texts = [str(w.message) for w in caught]
+    assert texts == report
     assert any("check_init: relu: 2 of 5 units are dead at birth on 40 examples" in text for text in texts)
     assert any("relu_1: 4 of 4 units" in text for text in texts)
     names = ("layer_0/kernel", "layer_0/bias", "layer_1/kernel", "layer_1/bias")
@@ -276,7 +298,19 @@ def test_check_init_of_an_array():
 @quick
 def test_check_init_is_silent_where_all_is_well():
     params = {"params": {"layer_0": {"kernel": np.eye(3, dtype=np.float32), "bias": np.ones(3, np.float32)}}}
-    diagnostics.check_init(mlp, params, np.ones((2, 3), np.float32))
+    assert diagnostics.check_init(mlp, params, np.ones((2, 3), np.float32)) == []
+
+    def centred(params, x):
+        h = mlp(params, x)
+        return h - h.mean(-1, keepdims=True)
+
+    # a plain sum of these is constant
+    for f in (
+        centred,
+        lambda params, x: jax.nn.softmax(mlp(params, x)),
+        lambda params, x: {"a": centred(params, x), "n": 3},
+    ):
+        assert diagnostics.check_init(f, params, RNG.uniform(size=(2, 3)).astype(np.float32)) == []
 
 
 def test_gradient_flow():
@@ -310,6 +344,96 @@ def test_scalars_are_python_numbers():
     assert scalars["relu_1/fired"] == int(stats["relu_1"].fired.sum())
     assert scalars["relu_1/margin"] == float(stats["relu_1"].margin.min())
     assert {type(x) for x in scalars.values()} == {int, float}
+
+
+@quick
+def test_what_has_no_finite_number_is_left_out():
+    stats = {
+        "unseen": unit_stats(jnp.zeros((0, 3))),
+        "unitless": unit_stats(jnp.zeros((5, 0))),
+        "infinite": unit_stats(jnp.array([[jnp.inf, 1.0], [jnp.nan, -1.0]])),
+    }
+    scalars = json.loads(json.dumps(diagnostics.to_scalars(stats), allow_nan=False))
+    counts = {"count", "fired", "nonfinite"}
+    assert {name for name in scalars if name.startswith("unitless/")} == {f"unitless/{name}" for name in counts}
+    assert {name for name in scalars if name.startswith("unseen/")} == {f"unseen/{name}" for name in (*counts, "dead")}
+    assert (scalars["unseen/count"], scalars["unitless/count"], scalars["infinite/nonfinite"]) == (0, 5, 2)
+    assert "infinite/max" not in scalars
+    head, *lines = diagnostics.summary(stats).splitlines()
+    assert [line.split().count("-") for line in lines] == [8, 8, 0]
+    assert len({len(line) for line in (head, *lines)}) == 1
+
+
+@quick
+def test_statistics_can_be_kept(tmp_path):
+    stats = {"relu": unit_stats(jnp.array([[1.0, -2.0], [3.0, -4.0]]))}
+    empty = jax.tree.map(jnp.zeros_like, stats)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "stats", stats)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "stats", empty)
+    eqx.tree_serialise_leaves(tmp_path / "leaves", stats)
+    for kept in (
+        *(serialization.from_bytes(empty, serialization.to_bytes(stats)), restored, pickle.loads(pickle.dumps(stats))),
+        *(eqx.tree_deserialise_leaves(tmp_path / "leaves", empty), copy.deepcopy(stats)),
+    ):
+        assert type(kept["relu"]) is UnitStats
+        assert diagnostics.to_scalars(kept) == diagnostics.to_scalars(stats)
+        assert kept["relu"] != stats["relu"] == stats["relu"]
+        assert len({kept["relu"], stats["relu"]}) == 2
+
+
+ON_PROCESSES = """
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxrelu.diagnostics import summary, to_scalars, unit_stats
+
+mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+sharding = NamedSharding(mesh, PartitionSpec(None, "model"))
+z = np.arange(-6.0, 6.0, dtype=np.float32).reshape(3, 4)
+x = jax.make_array_from_callback(z.shape, sharding, lambda index: z[index])
+units = NamedSharding(mesh, PartitionSpec(None, None, "model"))
+stats = jax.jit(unit_stats)(x)
+stats = stats._replace(counts=jax.device_put(stats.counts, units))
+assert not stats.counts.is_fully_addressable and not stats.counts.is_fully_replicated
+assert repr(stats) == "UnitStats(on several processes)"
+assert stats.fired.tolist() == [1, 1, 1, 2], stats.fired
+read, expected = to_scalars({"relu": stats}), to_scalars({"relu": unit_stats(z)})
+assert read.keys() == expected.keys()
+np.testing.assert_allclose([*read.values()], [*expected.values()], rtol=1e-5)
+assert summary({"relu": stats}) == summary({"relu": unit_stats(z)})
+print("read")
+"""
+
+
+def test_units_on_several_processes():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    with contextlib.ExitStack() as stack:
+        children = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", ON_PROCESSES, address, str(index)],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    env=environment,
+                )
+            )
+            for index in range(2)
+        ]
+        for child in children:
+            stack.callback(child.kill)  # of what has ended, this does nothing
+        for child in children:
+            output = child.communicate(timeout=120)[0]
+            assert child.returncode == 0, output
+            assert output.endswith("read\n")
 
 
 @quick

@@ -3,13 +3,16 @@ import gc
 import warnings
 from collections import OrderedDict
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from jax import lax
+from jax import export, lax
+from jax.experimental import io_callback
+from jax.experimental import pallas as pl
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -313,12 +316,20 @@ def test_devices_that_do_the_same_work_count_once():
     [
         ("while", lambda x: lax.while_loop(lambda x: x.sum() > 1, lambda x: jaxrelu.relu(x) / 2, x)),
         ("custom_vjp_call", lambda x: custom(x)),
+        ("custom_jvp_call", lambda x: custom_forward(x)),
         ("differentiated", jax.grad(lambda x: jaxrelu.elu(x).sum())),
+        ("(CustomRoot|custom_jvp_call)", lambda x: root(x)),
+        ("custom_linear_solve", lambda x: lax.custom_linear_solve(lambda y: 2 * y, x, lambda _, b: jaxrelu.relu(b) / 2)),
+        ("reduce", lambda x: lax.reduce(x, 0.0, lambda a, b: jaxrelu.relu(a) + b, (0,))),
+        ("pallas_call", lambda x: pl.pallas_call(double, jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)(x)),
+        ("pure_callback", lambda x: jax.pure_callback(np.abs, jax.ShapeDtypeStruct(x.shape, x.dtype), x)),
+        ("io_callback", lambda x: io_callback(np.abs, jax.ShapeDtypeStruct(x.shape, x.dtype), x)),
+        ("(call_exported|custom_vjp_call)", lambda x: export.export(jax.jit(jaxrelu.relu))(X).call(x)),
     ],
 )
 def test_what_cannot_be_entered_warns(name, f):
     for watched in (observe(f), jax.jit(observe(f))):
-        with pytest.warns(UserWarning, match=rf"observe: (relu|elu) inside .*{name}"):
+        with pytest.warns(UserWarning, match=rf"observe: (relu|elu|any activation) inside .*{name}"):
             out, stats = watched(X)
         assert not stats
         np.testing.assert_allclose(out, f(X), rtol=1e-6)
@@ -330,6 +341,107 @@ def custom(x):
 
 
 custom.defvjp(lambda x: (custom(x), None), lambda _, g: (g,))
+
+
+@jax.custom_jvp
+def custom_forward(x):
+    return jaxrelu.relu(x)
+
+
+custom_forward.defjvp(lambda x, t: (custom_forward(*x), *t))
+
+
+def root(x):
+    return lax.custom_root(lambda y: y - jaxrelu.elu(x), x, lambda f, y: y - f(y), lambda g, y: y)
+
+
+def double(x, out):
+    out[...] = 2 * jaxrelu.relu(x[...])
+
+
+@quick
+def test_no_activation_warns():
+    for f in (jnp.tanh, jax.nn.relu, jax.jit(lambda x: x @ W)):
+        for watched in (observe(f), jax.jit(observe(f))):
+            with pytest.warns(
+                UserWarning, match=r"observe: no activation was found; it looks for jaxrelu's relu, .* jax.nn"
+            ):
+                assert not watched(X)[1]
+
+
+@quick
+def test_without_jit():
+    with jax.disable_jit():
+        assert list(observe(lambda x: jaxrelu.elu(jaxrelu.relu(x)))(X)[1]) == ["relu", "elu"]
+
+
+@quick
+def test_callables_that_are_no_functions():
+    class Layer(eqx.Module):
+        w: jax.Array
+
+        def __call__(self, x):
+            return jaxrelu.relu(self.w @ x)
+
+    class Named:
+        __name__ = property(lambda self: 3)
+        w = W
+
+        def __call__(self, x):
+            return jaxrelu.relu(x @ self.w)
+
+    layer = Layer(W.T)
+    expected = unit_stats(X @ W)
+    for f in (
+        *(
+            eqx.filter_jit(eqx.filter_vmap(layer)),
+            eqx.filter_vmap(layer),
+            jax.jit(jax.vmap(layer)),
+            Named(),
+            Named().__call__,
+        ),
+        *(functools.partial(dense, W), jax.tree_util.Partial(dense, W), functools.partial(jax.jit(dense), W)),
+    ):
+        (stats,) = observe(f)(X)[1].values()
+        assert stats.fired.tolist() == expected.fired.tolist()
+
+
+@quick
+def test_a_batch_of_unknown_size():
+    batch, length = export.symbolic_shape("batch, length")
+    f = jax.jit(observe(lambda x: jaxrelu.relu(x @ W)))
+    for shape in ((batch, 3), (batch, length, 3), (batch, 2, 3)):
+        exported = export.export(f)(jax.ShapeDtypeStruct(shape, jnp.float32))
+        x = RNG.normal(size=[n if isinstance(n, int) else 7 for n in shape]).astype(np.float32)
+        assert_stats(exported.call(x)[1]["relu"], x.reshape(-1, 3) @ W)
+    masked = export.export(jax.jit(lambda z, where: unit_stats(z, where=where)))(
+        jax.ShapeDtypeStruct((batch, 3), jnp.float32), jax.ShapeDtypeStruct((batch,), bool)
+    )
+    shown = np.arange(7) % 2 == 0
+    assert_stats(masked.call(X, shown), X[shown])
+
+
+@quick
+def test_traces_of_changing_arguments_are_let_go():
+    traced = []
+
+    def f(x, step):
+        traced.append(step)
+        with jax.ensure_compile_time_eval():
+            constant = jnp.zeros((54321, 2))  # kept as long as the trace is
+        return jaxrelu.relu(x) + constant.sum()
+
+    watched = observe(f)
+    for step in range(100):
+        watched(X, step)
+    gc.collect()
+    assert 32 <= sum(x.shape == (54321, 2) for x in jax.live_arrays()) <= 80
+    watched(X, 99)
+    assert len(traced) == 100
+    # what compares equal and differs is another argument; what is equal is not
+    for step in (0.0, -0.0, 0, False, 0.0, -0.0, float("nan"), float("nan")):
+        watched(X, step)
+    assert len(traced) == 105
 
 
 def test_in_place_refuses_while_observing_too():
@@ -406,7 +518,8 @@ def test_nested():
     assert list(stats) == ["relu"]
     np.testing.assert_array_equal(rate, stats["relu"].firing_rate)
     # and statistics that are taken by hand are no layer
-    assert not observe(lambda x: unit_stats(x).mean)(X)[1]
+    with pytest.warns(UserWarning, match="no activation was found"):
+        assert not observe(lambda x: unit_stats(x).mean)(X)[1]
 
 
 @quick

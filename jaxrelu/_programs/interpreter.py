@@ -17,7 +17,7 @@ from jax import lax
 from jax.extend import core
 from jax.sharding import PartitionSpec, Sharding
 
-__all__ = ["Found", "Step", "Visitor", "bind", "interpreted", "names_in", "opened", "origin"]
+__all__ = ["Found", "Step", "Visitor", "bind", "called", "interpreted", "names_in", "opened", "origin"]
 
 
 @jax.tree_util.register_dataclass
@@ -53,17 +53,39 @@ class Visitor(Protocol):
         """Is called, each time the equation runs, if it cannot be entered and has equations that are looked for inside."""
 
 
+# what runs a program that is no jaxpr
+_OPAQUE = ("call_exported", "io_callback", "pure_callback", "call_hi_primitive")
+
+
+def bodies(eqn: core.JaxprEqn) -> list[Any]:
+    """Returns the jaxprs that an equation calls."""
+    found = list(core.jaxprs_in_params(eqn.params))
+    if (hidden := eqn.params.get("_prim")) is not None:  # JAX 0.12 has those of lax.custom_root, for one, in this object
+        found += core.jaxprs_in_params(hidden.params)
+    return found
+
+
+def called(eqn: core.JaxprEqn) -> str:
+    """Returns what an equation calls, by name."""
+    hidden = eqn.params.get("_prim")
+    return eqn.primitive.name if hidden is None else type(hidden).__name__
+
+
 def opened(jaxpr: Any) -> Any:
     """Returns a jaxpr without its constants; JAX 0.12 has one class for both kinds."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def names_in(eqn: core.JaxprEqn, visitor: Visitor) -> list[str]:
-    """Returns the sorted names of the equations that are looked for: this one, and in all that it calls, each once."""
+    """Returns the sorted names of the equations that are looked for: this one, and in all that it calls, each once.
+
+    Where an equation calls what is no jaxpr, as a callback does, they are "any activation".
+    """
     if (name := visitor.name(eqn)) is not None:
         return [name] if name else []
-    bodies = core.jaxprs_in_params(eqn.params)
-    return sorted({name for body in bodies for inner in body.eqns for name in names_in(inner, visitor)})
+    if not (inside := bodies(eqn)) and eqn.primitive.name in _OPAQUE:
+        return ["any activation"]
+    return sorted({name for body in inside for inner in body.eqns for name in names_in(inner, visitor)})
 
 
 def bind(eqn: core.JaxprEqn, *args: Any) -> Sequence[Any]:
@@ -82,8 +104,9 @@ def interpreted(jaxpr: Any, visitor: Visitor) -> Step:
     live, steps = {v for v in jaxpr.outvars if isinstance(v, core.Var)}, []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or not live.isdisjoint(eqn.outvars):
+            last_read = {v for v in (*eqn.invars, *eqn.outvars) if isinstance(v, core.Var)} - live
             live.update(v for v in eqn.invars if isinstance(v, core.Var))
-            steps.insert(0, (eqn, _scope(eqn), _step(eqn, visitor)))
+            steps.insert(0, (eqn, _scope(eqn), _step(eqn, visitor), last_read))
 
     def run(*args: Any) -> tuple[list[Any], list[Found]]:
         env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *args), strict=True))
@@ -92,10 +115,12 @@ def interpreted(jaxpr: Any, visitor: Visitor) -> Step:
         def read(v: Any) -> Any:
             return v.val if isinstance(v, core.Literal) else env[v]
 
-        for eqn, scope, step in steps:
+        for eqn, scope, step, last_read in steps:
             with jax.named_scope(scope) if scope else contextlib.nullcontext(), eqn.ctx.manager:
                 outs, found = step(*map(read, eqn.invars))
             env.update(zip(eqn.outvars, outs, strict=True))
+            for v in last_read:
+                del env[v]
             everything += [dataclasses.replace(f, name=f"{scope}/{f.name}" if scope else f.name) for f in found]
         return [read(v) for v in jaxpr.outvars], everything
 

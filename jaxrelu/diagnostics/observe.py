@@ -9,7 +9,7 @@ import types
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,20 @@ import numpy as np
 from jax import Array, lax
 from jax.extend import core
 
+from jaxrelu import _checked as checked
 from jaxrelu._lowering import observed as being_observed
 from jaxrelu._programs import marks
-from jaxrelu._programs.interpreter import Found, Step, Visitor, bind, interpreted, opened, origin
+from jaxrelu._programs.interpreter import Found, Step, Visitor, bind, called, interpreted, names_in, opened, origin
 from jaxrelu.diagnostics.stats import STATISTICS, UnitStats, all_reduce, nothing_seen, statistics
 
 __all__ = ["Stats", "observe"]
 
 Stats = OrderedDict[str, UnitStats]
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+_TRACES = 64  # traces kept by each function that is observed; a loop that passes a new Python number makes one a call
 
 
 class _Static:
@@ -32,20 +38,24 @@ class _Static:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+        self._key = checked.Number(value) if type(value) is float else value  # 0.0 is not -0.0, and NaN is NaN
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Static) or type(self.value) is not type(other.value):
             return False
-        return self.value is other.value or (self.value == other.value) is True
+        return self._key is other._key or (self._key == other._key) is True
 
     def __hash__(self) -> int:
-        return hash(type(self.value))  # the value may have no hash
+        try:
+            return hash(self._key)
+        except TypeError:
+            return hash(type(self.value))
 
 
 jax.tree_util.register_pytree_node(_Static, lambda static: ((), static), lambda static, _: static)
 
 
-def observe(f: Callable[..., Any]) -> Callable[..., tuple[Any, Stats]]:
+def observe(f: Callable[_Parameters, _Result]) -> Callable[_Parameters, tuple[_Result, Stats]]:
     """Returns `f` with the statistics of every jaxrelu activation called inside it, with no edit to `f`.
 
     The activations may be called as functions or modules, and under jit, scan, remat, cond, shard_map and vmap. The units of
@@ -57,10 +67,13 @@ def observe(f: Callable[..., Any]) -> Callable[..., tuple[Any, Stats]]:
     activation that vmap calls with scalars, as in `equinox.nn.MLP`, counts as one unit, with a warning.
 
     `f` is traced once for arguments of the same shapes, as `jax.jit` does: an array that `f` closes over is read only then.
-    A model is read at each call if it is a pytree, or if `f` is one of its methods.
+    A model is read at each call if it is a pytree, or if `f` is one of its methods. Arguments that are no arrays, Python
+    numbers too, are static: for each new value `f` is traced again, so pass a step that counts up as an array. The last 64
+    traces are kept.
 
     Args:
-        f: any function. Arrays among its arguments are traced; numbers, strings, flags and None reach it as they are.
+        f: any function or callable object. Arrays among its arguments are traced; numbers, strings, flags and None reach it
+            as they are.
 
     Returns:
         A function of the arguments of `f`. It returns the output of `f` and an OrderedDict of UnitStats by name, in order of
@@ -72,8 +85,9 @@ def observe(f: Callable[..., Any]) -> Callable[..., tuple[Any, Stats]]:
         ValueError: `f` replaces an array in one of its arguments, as a model that changes its own state does.
 
     Warns:
-        UserWarning: an activation is called where its statistics cannot be brought out, such as a while_loop, or it was
-            given scalars under vmap.
+        UserWarning: no activation was found; or one is called where its statistics cannot be brought out, such as a
+            while_loop, or may be called where JAX has no program to look at, such as a callback; or one was given scalars
+            under vmap.
 
     Examples:
         >>> import jax, jaxrelu
@@ -85,30 +99,38 @@ def observe(f: Callable[..., Any]) -> Callable[..., tuple[Any, Stats]]:
     """
     if not callable(f):
         raise TypeError(f"observe: f must be a function, got {f!r}; pass the model, not its output")
-    traces: dict[_Static, Callable[..., Any]] = {}
-    # caches of this call of observe, not of the module: a jaxpr keeps the arrays alive that f closes over
-    interpret = functools.lru_cache(512)(functools.partial(interpreted, visitor=_Observer()))
-    loses = functools.lru_cache(512)(_loses)
+    visitor = _Observer()
 
-    @functools.wraps(f)
-    def observed(*args: Any, **kwargs: Any) -> tuple[Any, Stats]:
-        function: Any = f
-        if isinstance(f, types.MethodType):
-            function, args = f.__func__, (f.__self__, *args)
-        leaves, tree = jax.tree.flatten((function, args, kwargs))
-        constants = [None if _is_array(x) else _Static(x) for x in leaves]
-        key = _Static((tree, constants))
-        if key not in traces:
-            traces[key] = jax.make_jaxpr(_function_of_arrays(constants, tree), return_shape=True)
+    # caches of this call of observe, not of the module: a jaxpr keeps the arrays alive that f closes over
+    @functools.lru_cache(_TRACES)
+    def trace(call: _Static) -> Callable[..., Any]:
+        return jax.make_jaxpr(_function_of_arrays(*call.value), return_shape=True)
+
+    @functools.lru_cache(_TRACES)
+    def program(jaxpr: Any, left: int) -> tuple[Step, bool, bool]:
+        empty = not any(names_in(eqn, visitor) for eqn in jaxpr.eqns)
+        return interpreted(jaxpr, visitor), _loses(jaxpr, left), empty
+
+    def observed(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> tuple[Any, Stats]:
+        function, inputs = (f.__func__, (f.__self__, *args)) if isinstance(f, types.MethodType) else (f, args)
+        leaves, tree = jax.tree.flatten((function, inputs, kwargs))
+        constants = tuple(None if _is_array(x) else _Static(x) for x in leaves)
         arrays = [x for x in leaves if _is_array(x)]
-        with being_observed(True):
-            jaxpr, (out, left) = traces[key](*arrays)
-        if loses(jaxpr, len(left)):
+        with being_observed(True), jax.disable_jit(False):  # an activation is found by the name of a jitted function
+            jaxpr, (out, left) = trace(_Static((constants, tree)))(*arrays)
+        run, loses, empty = program(jaxpr, len(left))
+        if loses:
             raise ValueError(
                 f"observe: {getattr(function, '__name__', type(function).__name__)} replaced an array in one of its "
                 "arguments, which would be lost; return the new state, for nnx models by nnx.split and nnx.merge"
             )
-        results, everything = interpret(jaxpr)(*arrays)
+        if empty:
+            warnings.warn(
+                "observe: no activation was found; it looks for jaxrelu's relu, leaky_relu, prelu, elu and relu6, and their "
+                "Flax modules, not for those of jax.nn",
+                stacklevel=2,
+            )
+        results, everything = run(*arrays)
         stats: Stats = OrderedDict()
         for found in everything:
             stats[_unused(found.name, stats)] = found.value
@@ -116,10 +138,12 @@ def observe(f: Callable[..., Any]) -> Callable[..., tuple[Any, Stats]]:
         outputs, structure = jax.tree.flatten(results, is_leaf=_is_static)
         return structure.unflatten([x.value if isinstance(x, _Static) else x for x in outputs]), stats
 
-    return observed
+    # of a callable object, as equinox.filter_jit returns, the name may be no string
+    names = [name for name in functools.WRAPPER_ASSIGNMENTS if isinstance(getattr(f, name, None), str)]
+    return functools.update_wrapper(observed, f, names, updated=())
 
 
-def _function_of_arrays(constants: list[_Static | None], tree: Any) -> Callable[..., Any]:
+def _function_of_arrays(constants: Sequence[_Static | None], tree: Any) -> Callable[..., Any]:
     """Returns a flattened call as a function of its arrays; among the constants None stands for each of them.
 
     It returns the output, with a _Static for all that is no array, and the arguments' arrays as the call left them.
@@ -198,7 +222,7 @@ class _Observer(Visitor):
         return all_reduce(value, axes) if axes else value
 
     def cannot_enter(self, eqn: core.JaxprEqn, names: Sequence[str]) -> None:
-        _warn_unseen(names, eqn.primitive.name, "call unit_stats on its input there and return the result")
+        _warn_unseen(names, called(eqn), "call unit_stats on its input there and return the result")
 
 
 def _warn_unseen(names: Sequence[str], place: str, remedy: str) -> None:

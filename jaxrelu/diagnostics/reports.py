@@ -1,5 +1,7 @@
 """Reports on what was observed: a table, numbers for a log, warnings before training, the gradient by layer."""
 
+import functools
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -11,13 +13,15 @@ import numpy as np
 from jax import Array
 
 from jaxrelu.diagnostics.observe import observe
-from jaxrelu.diagnostics.stats import UnitStats, exact
+from jaxrelu.diagnostics.stats import UnitStats, by_name, exact, on_host
 
 __all__ = ["check_init", "gradient_flow", "summary", "to_scalars"]
 
 # what makes one number of a layer's units, by statistic
 _MEANS = ("dead", "firing_rate", "sparsity", "saturation", "zero_gradient", "mean", "variance")
-_EXTREMES = {"margin": jnp.min, "dormancy": jnp.min, "min": jnp.min, "max": jnp.max}
+# infinite in a layer without units
+_least, _greatest = functools.partial(jnp.min, initial=jnp.inf), functools.partial(jnp.max, initial=-jnp.inf)
+_EXTREMES = {"margin": _least, "dormancy": _least, "min": _least, "max": _greatest}
 _OF_UNITS: dict[str, Callable[..., Array]] = {**dict.fromkeys(_MEANS, jnp.mean), **_EXTREMES}
 _SHARES = {"dead": "dead", "firing": "firing_rate", "zero grad": "zero_gradient", ">= 6": "saturation"}
 _HEAD = ("layer", "units", *_SHARES, "least dormancy", "margin", "mean", "sd", "not finite", "seen")
@@ -33,7 +37,12 @@ def to_scalars(stats: Mapping[str, UnitStats]) -> dict[str, float]:
         stats: UnitStats by name, as `observe` returns them.
 
     Returns:
-        Numbers by "name/statistic", such as "hidden1/relu/dead"; for the first layer of a scan "name[0]/statistic".
+        Finite numbers by "name/statistic", such as "hidden1/relu/dead"; for the first layer of a scan "name[0]/statistic". A
+        number that would not be finite is left out, so that strict JSON takes them: of a layer that has seen nothing or has
+        no units there are the ints alone.
+
+    Raises:
+        TypeError: `stats` is something else.
 
     Examples:
         >>> import jax
@@ -42,52 +51,79 @@ def to_scalars(stats: Mapping[str, UnitStats]) -> dict[str, float]:
         >>> diagnostics.to_scalars(stats)["relu/dead"]
         0.5
     """
-    return {f"{name}/{key}": number for name, row in _rows(stats) for key, number in row.items() if key != "units"}
+    rows = _rows(by_name("to_scalars", stats))
+    numbers = {f"{name}/{key}": number for name, row in rows for key, number in row.items() if key != "units"}
+    return {key: number for key, number in numbers.items() if math.isfinite(number)}
 
 
 def summary(stats: Mapping[str, UnitStats]) -> str:
     """Returns a table with one row per layer, as text, with one transfer from the device.
 
     It takes what `to_scalars` takes and shows the same numbers. Shares are shares of the examples, averaged over the units.
-    The least dormancy is 0 if a unit is dead; the margin says how far below 0 the deepest unit stays.
+    The least dormancy is 0 if a unit is dead; the margin says how far below 0 the deepest unit stays. A layer that has
+    seen nothing, or has no units, has dashes.
+
+    Raises:
+        TypeError: `stats` is something else.
     """
     lines: list[tuple[str, ...]] = [_HEAD]
-    for name, row in _rows(stats):
-        shares = (f"{row[key]:.1%}" for key in _SHARES.values())
-        numbers = (f"{x:.3g}" for x in (row["dormancy"], row["margin"], row["mean"], row["variance"] ** 0.5))
-        lines.append((name, str(row["units"]), *shares, *numbers, str(row["nonfinite"]), str(row["count"])))
+    for name, row in _rows(by_name("summary", stats)):
+        shares = [f"{row[key]:.1%}" for key in _SHARES.values()]
+        numbers = [f"{x:.3g}" for x in (row["dormancy"], row["margin"], row["mean"], row["variance"] ** 0.5)]
+        cells = [*shares, *numbers] if row["units"] and row["count"] else ["-"] * len(shares + numbers)
+        lines.append((name, str(row["units"]), *cells, str(row["nonfinite"]), str(row["count"])))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     cells = ([cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
     return "\n".join("  ".join([line[0].ljust(widths[0]), *padded[1:]]) for line, padded in zip(lines, cells, strict=True))
 
 
-def check_init(f: Callable[..., Any], *args: Any) -> None:
+def check_init(f: Callable[..., Any], *args: Any) -> list[str]:
     """Warns of units that are dead at birth (Lu et al. 2020, arXiv:1903.06733) and of parameters without a gradient.
+
+    A parameter is without a gradient if that of the outputs, each times a random number, is 0 everywhere in it. The numbers
+    are random because a plain sum has no gradient where the outputs are centred, or are shares that sum to 1.
 
     Args:
         f: a function whose first argument is the parameters; of an nnx model, `lambda model, x: model(x)`, then the model.
         *args: the parameters, and a batch large enough to tell a dead unit from one that rarely fires.
 
+    Returns:
+        The texts of the warnings, an empty list if there was nothing to warn of: for each layer with dead units, their
+        number; and the paths of the parameters without a gradient.
+
+    Raises:
+        TypeError: `f` is not callable.
+
     Warns:
-        UserWarning: for each layer with dead units, their number; and the paths of those parameters in which the gradient
-            of the summed outputs is 0 everywhere.
+        UserWarning: each text that is returned.
     """
+    _check_callable("check_init", "f", f)
+    report: list[str] = []
     for name, row in _rows(observe(f)(*args)[1]):
-        if row["dead"]:
+        if row["dead"] > 0:
             number = round(row["dead"] * row["units"])
-            warnings.warn(
+            report.append(
                 f"check_init: {name}: {number} of {row['units']} units are dead at birth on {row['count']} examples; use "
-                "kaiming_normal weights, a small positive bias or leaky_relu",
-                stacklevel=2,
+                "kaiming_normal weights, a small positive bias or leaky_relu"
             )
 
-    def total(*inputs: Any) -> Array:
+    def weighted(*inputs: Any) -> Array:
         leaves = [jnp.asarray(x) for x in jax.tree.leaves(f(*inputs)) if isinstance(x, (jax.Array, np.ndarray))]
-        return sum((x.astype(jnp.float32).sum() for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)), jnp.float32(0))
+        floats = [x.astype(jnp.float32) for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+        keys = jax.random.split(jax.random.key(0), max(1, len(floats)))
+        return sum((jnp.vdot(jax.random.normal(k, x.shape), x) for k, x in zip(keys, floats, strict=False)), jnp.float32(0))
 
-    silent = [path or "the first argument" for path, gradient in _gradients(total, *args) if not gradient.any()]
+    silent = [path or "the first argument" for path, gradient in _gradients(weighted, *args) if not gradient.any()]
     if silent:
-        warnings.warn(f"check_init: no gradient reaches {', '.join(silent)}; all units behind may be dead", stacklevel=2)
+        report.append(f"check_init: no gradient reaches {', '.join(silent)}; all units behind may be dead")
+    for text in report:
+        warnings.warn(text, stacklevel=2)
+    return report
+
+
+def _check_callable(function: str, argument: str, f: Any) -> None:
+    if not callable(f):
+        raise TypeError(f"{function}: {argument} must be a function, got {f!r}; pass the function, not its output")
 
 
 def gradient_flow(loss: Callable[..., Array], params: Any, *args: Any) -> dict[str, float]:
@@ -98,6 +134,9 @@ def gradient_flow(loss: Callable[..., Array], params: Any, *args: Any) -> dict[s
         params: the parameters, a pytree.
         *args: the other arguments of `loss`.
 
+    Raises:
+        TypeError: `loss` is not callable, or does not return a scalar.
+
     Returns:
         Python floats by the path of a layer, with layer_2 before layer_10. The path is the keys that lead to the layer's
         arrays, joined by "/", without the leading "params" of Flax linen; an array outside all layers has a path of its own.
@@ -107,6 +146,7 @@ def gradient_flow(loss: Callable[..., Array], params: Any, *args: Any) -> dict[s
         >>> diagnostics.gradient_flow(lambda p, x: p["a"]["w"] * x, {"a": {"w": 2.0}}, 3.0)
         {'a': 3.0}
     """
+    _check_callable("gradient_flow", "loss", loss)
     layers: dict[str, list[np.ndarray]] = {}
     for path, gradient in _gradients(loss, params, *args):
         path = path.removeprefix("params/")
@@ -133,7 +173,7 @@ def _gradients(function: Callable[..., Array], params: Any, *args: Any) -> list[
 
 def _rows(stats: Mapping[str, UnitStats]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the name and the Python numbers of each layer; a scan gives several layers."""
-    numbers, counts = jax.device_get(_reduced(list(stats.values())))
+    numbers, counts = on_host(_reduced(list(stats.values())))
     for name, number, (seen, counted) in zip(stats, numbers, counts, strict=True):
         count, fired, nonfinite = exact(seen)[..., 0], *np.moveaxis(exact(counted)[..., :2, :], -2, 0)
         for index in np.ndindex(count.shape):

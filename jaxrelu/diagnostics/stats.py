@@ -1,22 +1,34 @@
 """`UnitStats`: counts, extremes and means of each unit's input z and output h, which can be merged in any order."""
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxrelu import _checked as checked
 from jaxrelu import _lowering, functions
 
-__all__ = ["STATISTICS", "UnitStats", "all_reduce", "exact", "merge", "nothing_seen", "statistics", "unit_stats"]
+__all__ = [
+    "STATISTICS",
+    "UnitStats",
+    "all_reduce",
+    "by_name",
+    "exact",
+    "merge",
+    "nothing_seen",
+    "on_host",
+    "statistics",
+    "unit_stats",
+]
 
 _Stats = TypeVar("_Stats")
 _ROWS = 128  # rows summed at once: up to 255, as four counts share one uint32, and few, as short sums are accurate
@@ -24,10 +36,21 @@ _SAMPLES = 16  # rows of which the mean is subtracted from all before the varian
 STATISTICS = "statistics"  # the name of a call by which `observe` knows that an activation inside is not the model's
 
 
+def on_host(arrays: Any) -> Any:
+    """Returns a pytree of arrays as NumPy's, in one transfer. If one lies on several processes, all must call this."""
+
+    def whole(x: Any) -> Any:
+        if not isinstance(x, Array) or isinstance(x, Tracer) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.device_get(jax.tree.map(whole, arrays))
+
+
 def exact(limbs: Any) -> Any:
     """Returns integers as NumPy's, given their low and high 32 bits as two uint32 along the last axis but one."""
     try:
-        low, high = np.moveaxis(np.asarray(limbs), -2, 0).astype(np.int64)
+        low, high = np.moveaxis(limbs if isinstance(limbs, np.ndarray) else on_host(limbs), -2, 0).astype(np.int64)
     except jax.errors.TracerArrayConversionError:
         raise TypeError(
             "UnitStats: count, fired and nonfinite are exact integers of NumPy's, which jit cannot hold; read them outside "
@@ -61,14 +84,16 @@ def _step(mean: Array, by: Array) -> Array:
     return jnp.stack([high, low - (high - total)], -2)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class UnitStats:
+class UnitStats(NamedTuple):
     """Statistics of the units of one layer, over all examples and positions seen.
 
     z is a unit's pre-activation, the input of its activation; h is the activation's output. The last axis of all arrays is
     that of the units; each scan around the layer adds an axis in front. Before any example is seen, shares and means are
-    NaN, and no unit is dead. It is a pytree of four arrays, and equal to no other object.
+    NaN, and no unit is dead. It is a pytree of four arrays, and can be kept wherever arrays can, as by pickle, Orbax, or
+    `flax.serialization`: a named tuple, but one that equals no other object.
+
+    Statistics can be read whatever their sharding. Where the units of a layer lie on several processes, all processes must
+    read the exact integers, `summary` or `to_scalars` at the same point.
 
     Attributes:
         count: the number of examples and positions seen, also those with z not finite; an int, or an array under scan.
@@ -94,6 +119,8 @@ class UnitStats:
     def __repr__(self) -> str:
         if not isinstance(self.counts, (Array, np.ndarray)):
             return f"UnitStats({self.counts!r})"  # JAX puts other things than arrays into a pytree too
+        if not getattr(self.counts, "is_fully_addressable", True):
+            return "UnitStats(on several processes)"  # to read them, all would have to print
         units = "x".join(map(str, self.extremes.shape[:-2] + self.extremes.shape[-1:]))
         try:
             fired, count, dead = self.fired, self.count, int(np.asarray(self.dead).sum())
@@ -102,8 +129,17 @@ class UnitStats:
         share = f"{fired.mean() / np.mean(count):.1%}" if fired.size and np.any(count) else "nan"
         return f"UnitStats({units} units, count {np.max(count, initial=0)}, {dead} dead, firing rate {share})"
 
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __ne__(self, other: object) -> bool:
+        return self is not other
+
+    def __hash__(self) -> int:
+        return id(self)
+
     @property
-    def count(self) -> Any:
+    def count(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride], it is not the method of a tuple
         number = exact(self.seen)[..., 0]
         return number if number.ndim else int(number)
 
@@ -240,6 +276,16 @@ def _is_stats(x: object) -> bool:
     return isinstance(x, UnitStats)
 
 
+def by_name(function: str, stats: Any) -> Mapping[str, UnitStats]:
+    """Returns stats if they are UnitStats by name; `function` is that which the user called."""
+    if isinstance(stats, Mapping) and all(map(_is_stats, stats.values())):
+        return stats
+    raise TypeError(
+        f"{function}: stats must be UnitStats by name, as observe returns them, got {type(stats).__name__}; pass a single "
+        'one as {"name": stats}'
+    )
+
+
 def _merged(a: UnitStats, b: UnitStats) -> UnitStats:
     if a.extremes.shape != b.extremes.shape:
         raise ValueError(
@@ -277,7 +323,16 @@ def all_reduce(stats: Any, axis_name: Any) -> Any:
     Args:
         stats: UnitStats, or a pytree of them as `observe` returns.
         axis_name: the name of a mesh axis, or a tuple of names.
+
+    Raises:
+        TypeError: `stats` is something else.
+        NameError: it is called where no such axis is.
     """
+    if not all(map(_is_stats, jax.tree.leaves(stats, is_leaf=_is_stats))):
+        raise TypeError(
+            f"all_reduce: stats must be UnitStats or a pytree of them, got {type(stats).__name__}; pass what unit_stats or "
+            "observe returned"
+        )
     size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
 
     def gather(leaf: Array) -> Array:
@@ -299,7 +354,7 @@ def all_reduce(stats: Any, axis_name: Any) -> Any:
 def nothing_seen(stats: UnitStats) -> UnitStats:
     """Returns statistics that have seen nothing, in the shapes and dtypes of these."""
     zeros: UnitStats = jax.tree.map(jnp.zeros_like, stats)  # for shard_map they vary over the same mesh axes as stats
-    return dataclasses.replace(zeros, extremes=zeros.extremes + jnp.inf)
+    return zeros._replace(extremes=zeros.extremes + jnp.inf)
 
 
 def _statistics(
@@ -330,18 +385,22 @@ statistics: Callable[..., UnitStats] = jax.jit(_statistics, static_argnames=("fu
 def _reduced(z: Array, h: Array, slope: Array, where: Array | None, *, axes: tuple[int, int] | None) -> UnitStats:
     dtype = jnp.float64 if z.dtype == jnp.float64 else jnp.float32
     z, h, slope = (_rows(x, axes and axes[i]) for i, x in ((0, z), (1, h), (1, slope)))
-    z = jnp.tile(z, (len(h) // max(1, len(z)), 1))  # if vmap mapped a slope or alpha, but not z
+    if z.shape != h.shape:  # vmap mapped a slope or alpha, but not z
+        z = jnp.tile(z, (h.shape[0] // max(1, z.shape[0]), 1))
     z, h = z.astype(dtype), jnp.abs(h.astype(dtype))
-    n = len(z)
+    n = z.shape[0]
     flags = (z > 0, ~jnp.isfinite(z), z >= 6, slope == 0)
     # the four flags of an example in the four bytes of one number, so that one sum counts them all
     packed = sum((flag.astype(jnp.uint32) << 8 * i for i, flag in enumerate(flags)), jnp.zeros((), jnp.uint32))
     if where is None:
-        count, high_count = jnp.uint32(n & 0xFFFFFFFF), jnp.uint32(n >> 32)
         low = high = z
-        # a sample of rows at multiples of the golden ratio: at equal steps, all might be the same position of an example
-        rows = (np.arange(1, 1 + min(n, _SAMPLES)) * 0.6180339887 % 1 * n).astype(int)
-        shift = _shift(z[rows], None)
+        if isinstance(n, int):
+            count, high_count = jnp.uint32(n & 0xFFFFFFFF), jnp.uint32(n >> 32)
+            # a sample of rows at multiples of the golden ratio: at equal steps, all might be the same position of an example
+            rows = (np.arange(1, 1 + min(n, _SAMPLES)) * 0.6180339887 % 1 * n).astype(int)
+            shift = _shift(z[rows], None)
+        else:  # jax.export does not know the size of the batch
+            count, high_count, shift = jnp.asarray(n).astype(jnp.uint32), jnp.uint32(0), _shift(z, None)
         centred = z - shift
     else:
         shown = where.reshape(n, 1)
@@ -369,8 +428,7 @@ def _rows(x: Array, axis: int | None) -> Array:
     """Returns x as a matrix, one column per unit."""
     if axis is None:
         return x.reshape(-1, 1)
-    units = x.shape[axis]
-    return jnp.moveaxis(x, axis, -1).reshape(math.prod(x.shape) // max(units, 1), units)
+    return jnp.moveaxis(x, axis, -1).reshape(math.prod(x.shape[:axis] + x.shape[axis + 1 :]), x.shape[axis])
 
 
 def _shift(z: Array, shown: Array | None) -> Array:
@@ -384,6 +442,8 @@ def _shift(z: Array, shown: Array | None) -> Array:
 def _chunked(reduce: Callable[..., Array], x: Array) -> Array:
     """Returns each column reduced within chunks of _ROWS rows; what is left over makes the first chunk."""
     n, units = x.shape
+    if not isinstance(n, int):  # unknown to jax.export: each row is a chunk
+        return x
     full = n - n % _ROWS
     parts = [x[None, full:]] if full < n or n == 0 else []
     parts += [x[:full].reshape(full // _ROWS, _ROWS, units)] if full else []
