@@ -1,7 +1,11 @@
 """Labelled images in three parts: scikit-learn's 8x8 handwritten digits, or a file with the arrays of Keras's mnist.npz."""
 
+import contextlib
+import math
+import reprlib
+import stat
 import zipfile
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +17,15 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+# deflating makes images a few times smaller; a file that grows by more than this was made to fill the memory
+INFLATION = 100
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 class Part(NamedTuple):
@@ -48,7 +61,7 @@ def from_file(path: Path, split_seed: int) -> Digits:
         split_seed: seed for the choice of the validation images.
 
     Raises:
-        ValueError: the file is missing, is no .npz file, or does not hold such arrays; says what was wanted and found.
+        ValueError: the file cannot be read, is no .npz file, or does not hold such arrays; says what was wanted and found.
     """
     x_train, y_train, x_test, y_test = _read(path)
     for name, images, labels in (("train", x_train, y_train), ("test", x_test, y_test)):
@@ -101,14 +114,69 @@ def _split(part: Part, size: float, seed: int) -> tuple[Part, Part]:
 
 
 def _read(path: Path) -> list[np.ndarray]:
-    wanted = f"must be an .npz file with the arrays {', '.join(ARRAYS)}"
+    """Returns the four arrays; whatever the file claims, it takes memory for at most INFLATION times its real size."""
     try:
-        if not zipfile.is_zipfile(path):
-            found = "a file of another kind" if path.is_file() else "a directory" if path.is_dir() else "no such file"
-            raise ValueError(found)
-        with np.load(path, allow_pickle=False) as archive:
-            if missing := set(ARRAYS) - set(archive.files):
-                raise ValueError(f"{', '.join(sorted(archive.files))} without {', '.join(sorted(missing))}")
-            return [np.asarray(archive[name]) for name in ARRAYS]
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{wanted}, got {str(path)!r}: {error}") from error
+        # asked before opening: a pipe would wait for ever, and a device may have no end
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(KINDS.get(stat.S_IFMT(status.st_mode), "no regular file"))
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                file.seek(0)
+                start = file.read(2)
+                raise ValueError(
+                    "an archive cut short" if start == b"PK" else "a file of another kind" if start else "an empty file"
+                )
+            with _damage("a damaged archive"):
+                archive = zipfile.ZipFile(file)
+            members = _members(archive, INFLATION * status.st_size)
+            return [_array(archive, name, member) for name, member in members.items()]
+    except (OSError, ValueError) as error:
+        found = error.strerror if isinstance(error, OSError) and error.strerror else error
+        wanted = f"must be an .npz file with the arrays {', '.join(ARRAYS)}"
+        raise ValueError(f"{wanted}, got {str(path)!r}: {found}") from error
+
+
+def _members(archive: zipfile.ZipFile, limit: int) -> dict[str, zipfile.ZipInfo]:
+    """Returns the entries of the four arrays in the archive's directory, if they are such as NumPy writes."""
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    if missing := [name for name in ARRAYS if f"{name}.npy" not in entries]:
+        # reprlib shortens the list and escapes what a terminal would obey
+        raise ValueError(f"an archive of {reprlib.repr(sorted(entries))} without {', '.join(missing)}")
+    members = {name: entries[f"{name}.npy"] for name in ARRAYS}
+    for name, member in members.items():
+        if member.flag_bits & 1:
+            raise ValueError(f"{name} is encrypted")
+        # zipfile inflates these two in pieces of a given size, the others at once
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{name} is compressed by method {member.compress_type}, where NumPy stores or deflates")
+    if (size := sum(member.file_size for member in members.values())) > limit:
+        raise ValueError(f"its arrays take {size:,} bytes, more than {INFLATION} times the file")
+    return members
+
+
+def _array(archive: zipfile.ZipFile, name: str, member: zipfile.ZipInfo) -> np.ndarray:
+    with _damage(f"{name} cannot be read"), archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        held = member.file_size - file.tell()
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects, which are not unpickled")
+    # NumPy would ask for the memory that the header claims
+    if (claimed := math.prod(shape) * dtype.itemsize) != held:
+        raise ValueError(f"{name} claims {claimed:,} bytes and holds {held:,}")
+    with _damage(f"{name} cannot be read"), archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+@contextlib.contextmanager
+def _damage(what: str) -> Iterator[None]:
+    """Turns what zipfile and NumPy raise for damaged bytes into a ValueError. Nothing but calls of these stands inside.
+
+    They document no list of types; BadZipFile, zlib.error, EOFError, struct.error, NotImplementedError and others were seen.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {str(error) or type(error).__name__}") from error

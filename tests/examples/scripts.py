@@ -1,7 +1,8 @@
-"""What the tests of the example scripts share: a quick run, the tables that it writes, and how it fails."""
+"""What the tests of the example scripts share: a quick run, the tables that it writes, how it fails, and other data."""
 
 import csv
 
+import numpy as np
 import pytest
 
 
@@ -32,3 +33,16 @@ def error_of(script, code, capsys, *options):
         script.main(list(options))
     assert exit_info.value.code == code
     return capsys.readouterr().err.splitlines()[-1]
+
+
+def arrays(size=(28, 28), classes=3, train=60, test=30):
+    """Returns images and labels as Keras's mnist.npz holds them."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for part, n in (("train", train), ("test", test)):
+        labels = np.arange(n) % classes
+        images = rng.integers(0, 60, (n, *size), dtype=np.uint8)
+        # a band of bright rows for each class, which a shift by a pixel leaves apart
+        images[np.arange(size[0]) * classes // size[0] == labels[:, None]] = 255
+        found |= {f"x_{part}": images, f"y_{part}": labels.astype(np.uint8)}
+    return found

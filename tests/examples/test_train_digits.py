@@ -1,7 +1,6 @@
 import itertools
 import math
 import re
-import zipfile
 
 import jax
 import numpy as np
@@ -12,7 +11,7 @@ from flax import nnx
 import train_digits
 from common import digits, training
 from common.classifiers import ACTIVATIONS, MODELS
-from scripts import check_picture, error_of, rows
+from scripts import arrays, check_picture, error_of, rows
 
 FIELDS = ["epoch", "loss", "validation_loss", "validation_accuracy", "learning_rate", "gradient_norm"]
 FILES = ["curves.png", "metrics.csv", "model", "units.png"]
@@ -162,97 +161,12 @@ def test_patience_stops_so_many_epochs_after_the_best(patience, tmp_path, script
     assert len(metrics(tmp_path)) == 3 + patience
 
 
-def test_split_is_stratified_and_drawn_with_its_seed():
-    data, other = digits.bundled(0), digits.bundled(1)
-    assert [len(part.labels) for part in data[:3]] == [1257, 180, 360]
-    for part in data[:3]:
-        assert np.bincount(part.labels, minlength=10).min() >= 0.095 * len(part.labels)
-        assert 0 <= part.images.min() < part.images.max() == 1
-    seen = {image.tobytes() for part in data[:3] for image in part.images}
-    assert len(seen) == 1797  # no image in two parts
-    assert not np.array_equal(data.test.images, other.test.images)
-
-
-def test_shift_moves_by_one_pixel_at_most():
-    image = np.zeros((1, 5, 7, 1), np.float32)
-    image[0, 2, 3] = 1
-    shifted = np.asarray(digits.random_shift(jax.random.key(0), np.repeat(image, 300, 0)))
-    moves = {tuple(at) for at in np.argwhere(shifted[..., 0])[:, 1:]}
-    assert moves == {(y, x) for y in (1, 2, 3) for x in (2, 3, 4)}
-
-
-def arrays(size=(28, 28), classes=3, train=60, test=30):
-    rng = np.random.default_rng(0)
-    found = {}
-    for part, n in (("train", train), ("test", test)):
-        labels = np.arange(n) % classes
-        images = rng.integers(0, 60, (n, *size), dtype=np.uint8)
-        # a band of bright rows for each class, which a shift by a pixel leaves apart
-        images[np.arange(size[0]) * classes // size[0] == labels[:, None]] = 255
-        found |= {f"x_{part}": images, f"y_{part}": labels.astype(np.uint8)}
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "size"), [("cnn", (5, 7)), ("mlp", (28, 28))])
 def test_other_data(size, model, tmp_path, capsys):
     np.savez(tmp_path / "data.npz", **arrays(size, test=6))  # as many as validate, so that they share a compilation
     run(tmp_path / "out", "--data", str(tmp_path / "data.npz"), "--model", model, "--epochs", "4", "--batch-size", "8")
     assert "test accuracy" in capsys.readouterr().out
-
-
-def test_other_data_is_scaled_and_split(tmp_path):
-    np.savez(tmp_path / "data.npz", **arrays())
-    data = digits.from_file(tmp_path / "data.npz", 0)
-    assert (data.classes, [len(part.labels) for part in data[:3]]) == (3, [54, 6, 30])
-    assert data.test.images.max() == 1
-    assert np.bincount(data.validation.labels).tolist() == [2, 2, 2]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x_train": None}, "with the arrays x_train, y_train, x_test, y_test, got .* without x_train"),
-        ({"x_train": np.zeros((60, 28, 28), np.float32)}, "x_train must be uint8 images.*got float32"),
-        ({"x_test": np.zeros((30, 784), np.uint8)}, r"x_test must be uint8 images.*got uint8 of shape \(30, 784\)"),
-        ({"x_test": np.zeros((0, 28, 28), np.uint8)}, "x_test must be uint8 images"),
-        ({"x_test": np.zeros((30, 27, 28), np.uint8)}, r"x_test must be of the size of x_train, \(28, 28\), got \(27, 28\)"),
-        (
-            {"y_train": np.zeros(59, np.int64)},
-            r"y_train must be 60 integer labels, one per image, got int64 of shape \(59,\)",
-        ),
-        ({"y_test": np.zeros(30)}, "y_test must be 30 integer labels.*got float64"),
-        ({"y_train": np.arange(60) % 3 - 1}, "y_train must be labels of at least 0, got -1"),
-        ({"y_test": np.full(30, 7)}, "label 7 in y_test only"),
-        ({"y_train": np.zeros(60, int), "y_test": np.zeros(30, int)}, "two or more, got label 0 alone"),
-        (
-            {"y_train": np.array([2, *[0, 1] * 29, 0])},
-            "y_train must hold enough labels of each class|label 2 in y_test only",
-        ),
-        ({"y_train": np.array([object()] * 60)}, "must be an .npz file"),
-    ],
-)
-def test_malformed_data_is_refused(change, message, tmp_path, capsys):
-    changed = {name: value for name, value in (arrays() | change).items() if value is not None}
-    np.savez(tmp_path / "data.npz", allow_pickle=True, **changed)
-    error = refusal(capsys, "--data", str(tmp_path / "data.npz"), "--out", str(tmp_path / "out"))
-    assert re.search(message, error), error
-
-
-def test_a_file_of_another_kind_is_refused(tmp_path, capsys):
-    wanted = "must be an .npz file with the arrays x_train, y_train, x_test, y_test, got"
-    assert f"{wanted} '{tmp_path}/no': no such file" in refusal(capsys, "--data", f"{tmp_path}/no")
-    assert "a directory" in refusal(capsys, "--data", str(tmp_path))
-    (tmp_path / "text.npz").write_text("no archive")
-    assert "a file of another kind" in refusal(capsys, "--data", f"{tmp_path}/text.npz")
-    np.savez(tmp_path / "cut.npz", **arrays())
-    whole = (tmp_path / "cut.npz").read_bytes()
-    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    assert wanted in refusal(capsys, "--data", f"{tmp_path}/cut.npz")
-    with zipfile.ZipFile(tmp_path / "bad.npz", "w") as archive:
-        for name in digits.ARRAYS:
-            archive.writestr(f"{name}.npy", b"no array")
-    assert "x_train must be uint8 images" in refusal(capsys, "--data", f"{tmp_path}/bad.npz")
 
 
 @pytest.mark.parametrize(
