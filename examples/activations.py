@@ -252,18 +252,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = options.demonstration("activations.py", "Tabulate, compare and draw the five activations.")
     args = parser.parse_args(argv)
     with outputs.directory(parser, args.out) as directory:
-        draw(directory.scratch / "activations.png")
-        directory.publish(*OUTPUTS)
         draws = 3 * jax.random.normal(jax.random.key(args.seed), (1000,))
         numbers = jnp.concatenate([all_numbers(), draws])
         found = {name: compare(name, numbers) for name in ACTIVATIONS}
-        print_tables(found)
         of_integers = [compare_integers(name, INPUTS["integers"]) for name in ACTIVATIONS]
-    print(f"written to {args.out}: {', '.join(OUTPUTS)}")
-    differences = [difference for one in (*(one.differences for one in found.values()), *of_integers) for difference in one]
-    if differences:
-        parser.fail(f"all forms must agree, but these do not: {'; '.join(differences)}")
-    print("function, linen, nnx and donated form are equal bit for bit, and to NumPy within 2 units in the last place")
+        with directory.publishing(*OUTPUTS) as scratch:
+            draw(scratch / "activations.png")
+        print_tables(found)
+        print(f"written to {args.out}: {', '.join(OUTPUTS)}")
+        differences = [
+            difference for one in (*(one.differences for one in found.values()), *of_integers) for difference in one
+        ]
+        if differences:
+            parser.fail(f"all forms must agree, but these do not: {'; '.join(differences)}")
+        print("function, linen, nnx and donated form are equal bit for bit, and to NumPy within 2 units in the last place")
 
 
 if __name__ == "__main__":

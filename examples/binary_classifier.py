@@ -157,28 +157,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         epochs = train(RANDOM, 0, random_cases(32, rng), random_cases(1000, rng), 32, args.seed)
         for split, seed in enumerate(options.seeds(args.seed, 1 if args.quick else SPLITS)):
             epochs += train(REAL, split, *breast_cancer(seed), 32, seed)
-        directory.table("binary_classifier.csv", Epoch._fields, epochs)
-        draw(directory.scratch / "binary_classifier.png", epochs)
-        directory.publish(*OUTPUTS)
-    table = Table("data", "split", "first loss", "last loss", "held out", "accuracy")
-    for first, last in zip(epochs[::EPOCHS], epochs[EPOCHS - 1 :: EPOCHS], strict=True):
-        losses = first.loss, last.loss, last.held_out_loss
-        accuracy = f"{100 * last.held_out_accuracy:.1f} %"
-        table.add_row(last.data, str(last.split), *(f"{value:.4f}" for value in losses), accuracy)
-    Console().print(table)
-    accuracy = np.mean([epoch.held_out_accuracy for epoch in epochs[2 * EPOCHS - 1 :: EPOCHS]])
-    print(f"written to {args.out}: {', '.join(OUTPUTS)}")
-    print(f"held-out accuracy {100 * accuracy:.1f} %")
-    wanted = QUICK_WANTED if args.quick else WANTED
-    if accuracy < wanted:
-        parser.fail(f"the held-out accuracy must be at least {100 * wanted:.0f} %, got {100 * accuracy:.1f} %")
-    first, memorised = epochs[0], epochs[EPOCHS - 1]
-    if abs(first.loss - math.log(2)) > 0.15:
-        parser.fail(f"with random labels the loss must start near ln 2, {math.log(2):.4f}, got {first.loss:.4f}")
-    if not memorised.loss < math.log(2) < memorised.held_out_loss:
-        parser.fail(
-            f"random labels must be learnt by heart only, got losses {memorised.loss:.4f}, {memorised.held_out_loss:.4f}"
-        )
+        with directory.publishing(*OUTPUTS) as scratch:
+            outputs.table(scratch / "binary_classifier.csv", Epoch._fields, epochs)
+            draw(scratch / "binary_classifier.png", epochs)
+        table = Table("data", "split", "first loss", "last loss", "held out", "accuracy")
+        for first, last in zip(epochs[::EPOCHS], epochs[EPOCHS - 1 :: EPOCHS], strict=True):
+            losses = first.loss, last.loss, last.held_out_loss
+            accuracy = f"{100 * last.held_out_accuracy:.1f} %"
+            table.add_row(last.data, str(last.split), *(f"{value:.4f}" for value in losses), accuracy)
+        Console().print(table)
+        accuracy = np.mean([epoch.held_out_accuracy for epoch in epochs[2 * EPOCHS - 1 :: EPOCHS]])
+        print(f"written to {args.out}: {', '.join(OUTPUTS)}")
+        print(f"held-out accuracy {100 * accuracy:.1f} %")
+        wanted = QUICK_WANTED if args.quick else WANTED
+        if accuracy < wanted:
+            parser.fail(f"the held-out accuracy must be at least {100 * wanted:.0f} %, got {100 * accuracy:.1f} %")
+        first, memorised = epochs[0], epochs[EPOCHS - 1]
+        if abs(first.loss - math.log(2)) > 0.15:
+            parser.fail(f"with random labels the loss must start near ln 2, {math.log(2):.4f}, got {first.loss:.4f}")
+        if not memorised.loss < math.log(2) < memorised.held_out_loss:
+            parser.fail(
+                f"random labels must be learnt by heart only, got losses {memorised.loss:.4f}, {memorised.held_out_loss:.4f}"
+            )
 
 
 if __name__ == "__main__":

@@ -148,12 +148,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tqdm(total=len(WIDTHS) * batches * BATCH, unit="network") as progress:
             shares = {width: measure(width, batches, args.seed, progress) for width in WIDTHS}
         cells = [(width, depth, share.constant[depth - 2]) for width, share in shares.items() for depth in DEPTHS]
-        directory.table("born_dead.csv", ["width", "depth", "dead"], cells)
-        draw(directory.scratch / "born_dead.png", shares)
-        directory.publish(*OUTPUTS)
-    print_table(shares, batches * BATCH, args.out)
-    if message := miss(shares, batches * BATCH):
-        parser.fail(message)
+        with directory.publishing(*OUTPUTS) as scratch:
+            outputs.table(scratch / "born_dead.csv", ["width", "depth", "dead"], cells)
+            draw(scratch / "born_dead.png", shares)
+        print_table(shares, batches * BATCH, args.out)
+        if message := miss(shares, batches * BATCH):
+            parser.fail(message)
 
 
 if __name__ == "__main__":

@@ -331,13 +331,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                     validation = len(data.validation.labels)
                     rows.append(make_row((images, depth, name), jax.device_get(trained), validation, times[name]))
                     progress.update()
-        directory.table("compare_activations.csv", Row._fields, rows)
-        draw(directory.scratch / "compare_activations.png", rows)
-        directory.publish(*OUTPUTS)
-    print_tables(rows, times)
-    print(f"written to {args.out}: {', '.join(OUTPUTS)}")
-    if message := miss(rows, quick=args.quick):
-        parser.fail(message)
+        with directory.publishing(*OUTPUTS) as scratch:
+            outputs.table(scratch / "compare_activations.csv", Row._fields, rows)
+            draw(scratch / "compare_activations.png", rows)
+        print_tables(rows, times)
+        print(f"written to {args.out}: {', '.join(OUTPUTS)}")
+        if message := miss(rows, quick=args.quick):
+            parser.fail(message)
 
 
 if __name__ == "__main__":

@@ -184,16 +184,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tqdm(total=len(CURES) * seeds * steps, unit="step") as progress:
             runs = [train(name, seed, steps, progress) for name in CURES for seed in options.seeds(args.seed, seeds)]
         ends = [(run.cure, run.seed, run.mse[-1], run.dead_share[-1]) for run in runs]
-        directory.table("dying_relu.csv", ["cure", "seed", "mse", "dead_share"], ends)
-        draw(directory.scratch / "dying_relu.png", runs)
-        directory.publish(*OUTPUTS)
-    print_table(runs, args.out)
-    for untreated, cured in zip(runs[:seeds], runs[-seeds:], strict=True):
-        if not (cured.mse[-1] <= untreated.mse[-1] / 2 and cured.dead_share[-1] <= 0.05):
-            parser.fail(
-                f"recycling must halve the error of no cure and leave at most 5 % dead; for seed {cured.seed} it left an "
-                f"error of {cured.mse[-1]:.4f} against {untreated.mse[-1]:.4f}, and {100 * cured.dead_share[-1]:.1f} % dead"
-            )
+        with directory.publishing(*OUTPUTS) as scratch:
+            outputs.table(scratch / "dying_relu.csv", ["cure", "seed", "mse", "dead_share"], ends)
+            draw(scratch / "dying_relu.png", runs)
+        print_table(runs, args.out)
+        for untreated, cured in zip(runs[:seeds], runs[-seeds:], strict=True):
+            if not (cured.mse[-1] <= untreated.mse[-1] / 2 and cured.dead_share[-1] <= 0.05):
+                parser.fail(
+                    "recycling must halve the error of no cure and leave at most 5 % dead; for seed "
+                    f"{cured.seed} it left an error of {cured.mse[-1]:.4f} against {untreated.mse[-1]:.4f}, and "
+                    f"{100 * cured.dead_share[-1]:.1f} % dead"
+                )
 
 
 if __name__ == "__main__":

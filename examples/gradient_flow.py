@@ -74,20 +74,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = {name: input_gradient(activation) for name, (activation, _) in ACTIVATIONS.items()}
         flows = {name: layer_gradients(name, jax.random.key(args.seed)) for name in ACTIVATIONS}
         layers = [(i, *values) for i, values in enumerate(zip(*flows.values(), strict=True), 1)]
-        directory.table("gradient_flow.csv", ["layer", *flows], layers)
-        draw(directory.scratch / "gradient_flow.png", flows)
-        directory.publish(*OUTPUTS)
-    table = Table("", *flows)
-    table.add_row("gradient in x, two units", *("{:.4f}, {:.4f}".format(*found[name]) for name in flows))
-    for i in range(LAYERS):
-        table.add_row(f"gradient in layer {i + 1}", *(f"{flow[i]:.2e}" for flow in flows.values()))
-    Console().print(table)
-    print(f"written to {args.out}: {', '.join(OUTPUTS)}")
-    if found != EXPECTED:
-        parser.fail(f"the gradients in x must be {EXPECTED}, got {found}")
-    fading, lasting = (flow[0] / flow[-1] for flow in flows.values())
-    if not fading < 1e-3 < 0.1 < lasting:
-        parser.fail(f"the first layer's gradient over the last's must be below 0.001 and above 0.1, got {fading}, {lasting}")
+        with directory.publishing(*OUTPUTS) as scratch:
+            outputs.table(scratch / "gradient_flow.csv", ["layer", *flows], layers)
+            draw(scratch / "gradient_flow.png", flows)
+        table = Table("", *flows)
+        table.add_row("gradient in x, two units", *("{:.4f}, {:.4f}".format(*found[name]) for name in flows))
+        for i in range(LAYERS):
+            table.add_row(f"gradient in layer {i + 1}", *(f"{flow[i]:.2e}" for flow in flows.values()))
+        Console().print(table)
+        print(f"written to {args.out}: {', '.join(OUTPUTS)}")
+        if found != EXPECTED:
+            parser.fail(f"the gradients in x must be {EXPECTED}, got {found}")
+        fading, lasting = (flow[0] / flow[-1] for flow in flows.values())
+        if not fading < 1e-3 < 0.1 < lasting:
+            parser.fail(
+                f"the first layer's gradient over the last's must be below 0.001 and above 0.1, got {fading}, {lasting}"
+            )
 
 
 if __name__ == "__main__":

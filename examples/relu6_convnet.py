@@ -163,15 +163,15 @@ def write(directory: outputs.Outputs, rows: Sequence[Row]) -> None:
     """Writes the accuracies, the ranges and the picture."""
     accuracies = [(row.activation, row.dtype, row.accuracy, *row.rounded) for row in rows]
     header = ["activation", "dtype", "accuracy", *(f"accuracy_{bits}_bits" for bits in BITS)]
-    directory.table("accuracy.csv", header, accuracies)
     ranges = [
         (row.activation, row.dtype, layer, largest, (6.0 if row.activation == "relu6" else largest) / 255)
         for row in rows
         for layer, largest in enumerate(row.largest, 1)
     ]
-    directory.table("ranges.csv", ["activation", "dtype", "layer", "largest", "step_8_bits"], ranges)
-    draw(directory.scratch / "relu6_convnet.png", rows)
-    directory.publish(*OUTPUTS)
+    with directory.publishing(*OUTPUTS) as scratch:
+        outputs.table(scratch / "accuracy.csv", header, accuracies)
+        outputs.table(scratch / "ranges.csv", ["activation", "dtype", "layer", "largest", "step_8_bits"], ranges)
+        draw(scratch / "relu6_convnet.png", rows)
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
@@ -223,15 +223,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tqdm(total=len(cases) * (QUICK_EPOCHS if args.quick else EPOCHS), unit="epoch") as progress:
             rows = [examine(*case, data, args, progress) for case in cases]
         write(directory, rows)
-    print_summary(rows)
-    wanted, granted = (60, 3) if args.quick else (97, 1)
-    for row in rows:
-        accuracy, lost = 100 * row.accuracy, 100 * (row.accuracy - row.rounded[0])
-        if accuracy < wanted or lost > granted:
-            parser.fail(
-                f"{row.activation} in {row.dtype} must reach {wanted} % and lose at most {granted} points at 8 bits, got "
-                f"{accuracy:.2f} % and {lost:.2f} points"
-            )
+        print_summary(rows)
+        wanted, granted = (60, 3) if args.quick else (97, 1)
+        for row in rows:
+            accuracy, lost = 100 * row.accuracy, 100 * (row.accuracy - row.rounded[0])
+            if accuracy < wanted or lost > granted:
+                parser.fail(
+                    f"{row.activation} in {row.dtype} must reach {wanted} % and lose at most {granted} points at 8 bits, "
+                    f"got {accuracy:.2f} % and {lost:.2f} points"
+                )
 
 
 if __name__ == "__main__":

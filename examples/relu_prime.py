@@ -174,10 +174,10 @@ def accuracies(data: Digits, rule: str, kink: float, steps: int, seeds: Sequence
 
 def write(directory: outputs.Outputs, shares: dict[str, float], rows: Sequence[Accuracy]) -> None:
     """Writes the shares, the accuracies and the picture."""
-    directory.table("minibatches.csv", ["dtype", "share"], shares.items())
-    directory.table("accuracy.csv", Accuracy._fields, rows)
-    draw(directory.scratch / "relu_prime.png", shares, rows)
-    directory.publish(*OUTPUTS)
+    with directory.publishing(*OUTPUTS) as scratch:
+        outputs.table(scratch / "minibatches.csv", ["dtype", "share"], shares.items())
+        outputs.table(scratch / "accuracy.csv", Accuracy._fields, rows)
+        draw(scratch / "relu_prime.png", shares, rows)
 
 
 def draw(path: Path, shares: dict[str, float], rows: Sequence[Accuracy]) -> None:
@@ -264,8 +264,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             drawn = options.seeds(args.seed, seeds)
             rows = [counted(accuracies(data, *case, steps, drawn)) for case in cases]
         write(directory, shares, rows)
-    print_summary(shares, rows)
-    check(parser, args, shares, rows)
+        print_summary(shares, rows)
+        check(parser, args, shares, rows)
 
 
 if __name__ == "__main__":

@@ -141,23 +141,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         x = jax.random.normal(jax.random.key(args.seed), (1000 if args.quick else 10_000, 10))
         runs = {name: run(name, x, args.seed) for name in NETWORKS}
         rows = [row for name, (params, *_) in runs.items() for row in parameters(name, params)]
-        directory.table("simple_nets.csv", Parameter._fields, rows)
-        draw(directory.scratch / "simple_nets.png", {name: found for name, (_, found, _) in runs.items()})
-        directory.publish(*OUTPUTS)
-    table = Table("network", "parameter", "shape", "count", "root mean square", "drawn with")
-    for row in rows:
-        table.add_row(*map(str, row[:4]), *(f"{value:.4f}" for value in row[4:]))
-    Console().print(table)
-    for name, (params, linen_out, nnx_out) in runs.items():
-        count = sum(array.size for array in jax.tree.leaves(params))
-        first = ", ".join(f"{value:.4f}" for value in linen_out[0])
-        print(
-            f"{name}: {count} parameters; first output {first}; {100 * np.mean(linen_out == 0):.0f} % of the outputs are 0"
-        )
-        if not np.array_equal(linen_out, nnx_out):
-            parser.fail(f"{name}: linen and nnx must agree, got {np.abs(linen_out - nnx_out).max()} between them")
-    print("linen and nnx give the same outputs bit for bit")
-    print(f"written to {args.out}: {', '.join(OUTPUTS)}")
+        with directory.publishing(*OUTPUTS) as scratch:
+            outputs.table(scratch / "simple_nets.csv", Parameter._fields, rows)
+            draw(scratch / "simple_nets.png", {name: found for name, (_, found, _) in runs.items()})
+        table = Table("network", "parameter", "shape", "count", "root mean square", "drawn with")
+        for row in rows:
+            table.add_row(*map(str, row[:4]), *(f"{value:.4f}" for value in row[4:]))
+        Console().print(table)
+        for name, (params, linen_out, nnx_out) in runs.items():
+            count = sum(array.size for array in jax.tree.leaves(params))
+            first = ", ".join(f"{value:.4f}" for value in linen_out[0])
+            zeros = 100 * np.mean(linen_out == 0)
+            print(f"{name}: {count} parameters; first output {first}; {zeros:.0f} % of the outputs are 0")
+            if not np.array_equal(linen_out, nnx_out):
+                parser.fail(f"{name}: linen and nnx must agree, got {np.abs(linen_out - nnx_out).max()} between them")
+        print("linen and nnx give the same outputs bit for bit")
+        print(f"written to {args.out}: {', '.join(OUTPUTS)}")
 
 
 if __name__ == "__main__":

@@ -188,13 +188,14 @@ def write(directory: outputs.Outputs, runs: dict[str, Run], fits: dict[str, np.n
     steps = [
         (name, i, *map(float, seen)) for name, run in runs.items() for i, seen in enumerate(zip(*run[:3], strict=True), 1)
     ]
-    directory.table("steps.csv", ("training", "step", *columns), steps)
     ends = [(name, *figures(run)) for name, run in runs.items()]
-    directory.table("summary.csv", ("training", "loss", "largest_gradient_norm", "dead_share", "test_accuracy"), ends)
     fitted = [(name, i, *map(float, seen)) for name, fit in fits.items() for i, seen in enumerate(fit.T, 1)]
-    directory.table("negative_output.csv", ("last_function", "step", *columns[:2]), fitted)
-    draw(directory.scratch / "stable_training.png", runs, fits)
-    directory.publish(*OUTPUTS)
+    summary = ("training", "loss", "largest_gradient_norm", "dead_share", "test_accuracy")
+    with directory.publishing(*OUTPUTS) as scratch:
+        outputs.table(scratch / "steps.csv", ("training", "step", *columns), steps)
+        outputs.table(scratch / "summary.csv", summary, ends)
+        outputs.table(scratch / "negative_output.csv", ("last_function", "step", *columns[:2]), fitted)
+        draw(scratch / "stable_training.png", runs, fits)
 
 
 def figures(run: Run) -> tuple[float, float, float, float]:
@@ -288,8 +289,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         key = jax.random.key(args.seed)
         fits = {name: np.array(fit_negative(ENDS[name][0], STEPS, key)) for name in ends}
         write(directory, runs, fits)
-    print_summary(runs, fits)
-    check(parser, args.quick, runs, fits)
+        print_summary(runs, fits)
+        check(parser, args.quick, runs, fits)
 
 
 if __name__ == "__main__":

@@ -16,57 +16,28 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax import Array
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from common import digits, options, outputs, plots, training
+from common import digits, options, outputs, runs, training
 from common.classifiers import ACTIVATIONS, MODELS
 from common.digits import Digits, Part
-from common.outputs import Outputs
+from common.runs import OUTPUTS, UNITS, Epoch, Run, by_layer
 from jaxrelu.diagnostics import UnitStats, merge, to_scalars
 from jaxrelu.initializers import kaiming_normal
 from jaxrelu.recycling import Edge, recycle
 
 SCHEDULES = ("constant", "cosine", "exponential", "step")
-OUTPUTS = ("metrics.csv", "curves.png", "units.png", "model")
-UNITS = ("dead", "firing_rate")
 # images evaluated at a time, so that a large test set fits in memory; of the bundled digits 180 validate and 360 test, so
 # that one compilation serves both
 CHUNK = 180
-
-
-class Epoch(NamedTuple):
-    """One row of metrics.csv: loss and gradient norm are means over the steps, the learning rate is that of the first step.
-
-    Each layer adds two columns, for example "hidden1/dead" and "hidden1/firing_rate": shares over the validation images.
-    """
-
-    epoch: int
-    loss: float
-    validation_loss: float
-    validation_accuracy: float
-    learning_rate: float
-    gradient_norm: float
-    units: dict[str, float]
-
-
-class Run(NamedTuple):
-    """The epochs trained, the best of them with its parameters, the units recycled, and whether Ctrl-C ended it."""
-
-    epochs: list[Epoch]
-    best: Epoch
-    parameters: dict[str, Any]
-    recycled: int
-    interrupted: bool
 
 
 def build_parser() -> options.Parser:
@@ -134,18 +105,18 @@ def evaluate(model: nnx.Module, part: Part) -> tuple[float, float, dict[str, flo
 
 
 def train(model: nnx.Module, data: Digits, args: argparse.Namespace) -> Run:
-    """Trains the model until all epochs are done, --patience stops it, or Ctrl-C is pressed.
+    """Trains the model until all epochs are done, --patience stops it, or a signal comes.
 
     Raises:
         FloatingPointError: the loss is not finite.
-        KeyboardInterrupt: Ctrl-C was pressed before the end of the first epoch.
+        KeyboardInterrupt: a signal came before the end of the first epoch.
     """
     count = len(data.train.labels)
     steps = count // args.batch_size
     schedule = make_schedule(args.schedule, args.learning_rate, args.epochs * steps)
     optimizer = make_optimizer(model, schedule, args)
     key, order = jax.random.key(args.seed), np.random.default_rng(args.seed)
-    epochs, best, parameters, interrupted = [], None, {}, False
+    run = None
     try:
         with tqdm(range(1, args.epochs + 1), unit="epoch") as progress:
             for number in progress:
@@ -160,75 +131,26 @@ def train(model: nnx.Module, data: Digits, args: argparse.Namespace) -> Run:
                 validation_loss, accuracy, units = evaluate(model, data.validation)
                 epoch = Epoch(number, float(loss), validation_loss, accuracy, rate, float(norm), units)
                 # the best accuracy wins; among equal accuracies the lowest loss, and among equal losses the first epoch
-                if best is None or _merit(epoch) > _merit(best):
+                if run is None or _merit(epoch) > _merit(run.best):
                     best, parameters = epoch, nnx.to_pure_dict(nnx.state(model, nnx.Param))
-                epochs.append(epoch)
+                recycled = int(optimizer.opt_state.recycled[...].sum()) if args.recycle else 0
+                # in one assignment, so that a signal leaves an epoch whole
+                run = Run([*(run.epochs if run else []), epoch], best, parameters, recycled, None)
                 progress.set_postfix(
                     loss=f"{loss:.4f}",
                     accuracy=f"{accuracy:.2%}",
                     rate=f"{rate:.1e}",
                     norm=f"{norm:.2g}",
-                    dead=_by_layer(epoch, "dead"),
-                    firing=_by_layer(epoch, "firing_rate"),
+                    dead=by_layer(epoch, "dead"),
+                    firing=by_layer(epoch, "firing_rate"),
                 )
                 if args.patience and number - best.epoch >= args.patience:
                     break
-    except KeyboardInterrupt:
-        if not epochs:
+    except KeyboardInterrupt as interrupt:
+        if run is None:
             raise
-        interrupted = True
-    recycled = int(optimizer.opt_state.recycled[...].sum()) if args.recycle else 0
-    return Run(epochs, best, parameters, recycled, interrupted)
-
-
-def write_metrics(directory: Outputs, run: Run) -> None:
-    """Writes one row per epoch; without times, so that equal seeds give equal files."""
-    header = [*Epoch._fields[:-1], *run.best.units]
-    directory.table("metrics.csv", header, [(*e[:-1], *e.units.values()) for e in run.epochs])
-
-
-def write_curves(path: Path, run: Run, title: str) -> None:
-    """Plots the losses, the validation accuracy and the gradient norm by epoch."""
-    figure, (losses, accuracy, norm) = plots.panels(title, "epoch", ("loss", "validation accuracy (%)", "gradient norm"))
-    column = dict(zip(Epoch._fields[:-1], np.transpose([e[:-1] for e in run.epochs]), strict=True))
-    style = {"marker": "." if len(run.epochs) == 1 else None}
-    losses.semilogy(column["epoch"], column["loss"], color=plots.BLUE, label="training", **style)
-    losses.semilogy(column["epoch"], column["validation_loss"], color=plots.ORANGE, label="validation", **style)
-    accuracy.plot(column["epoch"], 100 * column["validation_accuracy"], color=plots.ORANGE, **style)
-    norm.semilogy(column["epoch"], column["gradient_norm"], color=plots.BLUE, **style)
-    for panel in (losses, accuracy, norm):
-        panel.axvline(run.best.epoch, color=plots.GREY, linestyle=":", label="best epoch")
-    losses.legend()
-    norm.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path)
-
-
-def write_units(path: Path, run: Run, title: str) -> None:
-    """Plots the share of dead units and the firing rate of each layer by epoch."""
-    figure, panels = plots.panels(title, "epoch", ("dead units (%)", "firing rate (%)"))
-    numbers = [e.epoch for e in run.epochs]
-    colors = (plots.BLUE, plots.ORANGE, plots.GREEN)
-    for panel, key in zip(panels, UNITS, strict=True):
-        names = [name for name in run.best.units if name.endswith(f"/{key}")]
-        for name, color in zip(names, colors, strict=False):
-            shares = [100 * e.units[name] for e in run.epochs]
-            marker = "." if len(numbers) == 1 else None
-            panel.plot(numbers, shares, color=color, label=name.removesuffix(f"/{key}"), marker=marker)
-        panel.set_ylim(bottom=0)
-    panels[0].legend()
-    panels[-1].xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path)
-
-
-def write(directory: Outputs, run: Run, title: str) -> None:
-    """Writes all files; those of an earlier run are replaced."""
-    write_metrics(directory, run)
-    write_curves(directory.scratch / "curves.png", run, title)
-    write_units(directory.scratch / "units.png", run, title)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((directory.scratch / "model").absolute(), run.parameters)
-    directory.publish(*OUTPUTS)
-    directory.kept = f"{directory.out} holds {len(run.epochs)} epochs and the model of epoch {run.best.epoch}"
+        return run._replace(interrupt=interrupt)
+    return run
 
 
 def print_summary(args: argparse.Namespace, run: Run, accuracy: float, seconds: float) -> None:
@@ -241,8 +163,8 @@ def print_summary(args: argparse.Namespace, run: Run, accuracy: float, seconds: 
         "epochs run": len(run.epochs),
         "best epoch": run.best.epoch,
         "validation accuracy": f"{100 * run.best.validation_accuracy:.2f} %",
-        "dead units, by layer": _by_layer(run.best, "dead"),
-        "firing rate, by layer": _by_layer(run.best, "firing_rate"),
+        "dead units, by layer": by_layer(run.best, "dead"),
+        "firing rate, by layer": by_layer(run.best, "firing_rate"),
         **({"units recycled": run.recycled} if args.recycle else {}),
         "test accuracy": f"{100 * accuracy:.2f} %",
         "seconds": f"{seconds:.1f}",
@@ -273,22 +195,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             run = train(model, data, args)
         except FloatingPointError as error:
             parser.fail(f"{error}; lower --learning-rate or set --clip-norm")
-        write(directory, run, f"{args.activation} {args.model}")
-        if run.interrupted:
-            raise KeyboardInterrupt
+        runs.write(directory, run, f"{args.activation} {args.model}")
+        if run.interrupt:
+            raise run.interrupt
         nnx.update(model, run.parameters)
         _, accuracy, _ = evaluate(model, data.test)
-    print_summary(args, run, accuracy, time.perf_counter() - start)
-    # the accuracy of naming the same class for every image
-    floor = float(np.mean(data.test.labels == np.bincount(data.train.labels).argmax()))
-    if accuracy <= floor:
-        parser.fail(
-            f"the test accuracy must be above {100 * floor:.2f} %, the share of one class, got {100 * accuracy:.2f} %"
-        )
-
-
-def _by_layer(epoch: Epoch, key: str) -> str:
-    return " ".join(f"{value:.1%}" for name, value in epoch.units.items() if name.endswith(f"/{key}"))
+        print_summary(args, run, accuracy, time.perf_counter() - start)
+        # the accuracy of naming the same class for every image
+        floor = float(np.mean(data.test.labels == np.bincount(data.train.labels).argmax()))
+        if accuracy <= floor:
+            parser.fail(
+                f"the test accuracy must be above {100 * floor:.2f} %, the share of one class, got {100 * accuracy:.2f} %"
+            )
 
 
 def _merit(epoch: Epoch) -> tuple[float, float]:

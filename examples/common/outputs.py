@@ -1,63 +1,135 @@
-"""The directory that an example writes: its files appear at the end of the run, and Ctrl-C leaves none half-written."""
+"""The directory that an example writes: it gets finished files alone, whatever signal or full disk ends the run."""
 
 import contextlib
 import csv
+import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 
 from common import options
 
+PREFIX = ".unfinished-"
+# Ctrl-C, what `kill` and batch systems send, and what a closed terminal sends; Windows has no SIGHUP
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 class Outputs:
-    """A directory to write, and a scratch folder inside it where files stay until complete; it is removed in the end.
+    """A directory to write. A signal raises KeyboardInterrupt with its number, but while files are written it waits.
 
     Attributes:
         out: the directory.
-        scratch: the folder; on the same disk, so that a file moves to `out` in one step.
-        kept: a sentence on what was written so far, for Ctrl-C.
+        kept: what the directory holds of this run, for the line that ends a run before its time.
+        writing: whether files are being written.
+        waiting: the signals that came meanwhile.
     """
 
-    def __init__(self, out: Path, scratch: Path) -> None:
+    def __init__(self, out: Path) -> None:
         self.out = out
-        self.scratch = scratch
         self.kept = f"nothing was written to {out}"
+        self.writing = False
+        self.waiting: list[int] = []
 
-    def table(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """Writes a CSV file to scratch; floats have six digits."""
-        with (self.scratch / name).open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(header)
-            writer.writerows([f"{v:.6g}" if isinstance(v, float | np.floating) else v for v in row] for row in rows)
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal."""
+        if not self.writing:
+            raise KeyboardInterrupt(number)
+        self.waiting.append(number)
 
-    def publish(self, *names: str) -> None:
-        """Moves files or folders from scratch to the directory; those of an earlier run are replaced."""
-        for name in names:
-            if (self.out / name).is_dir():  # a folder with files cannot be replaced, but it can be moved away
-                (self.out / name).rename(self.scratch / f"former {name}")
-            (self.scratch / name).replace(self.out / name)
-        self.kept = f"{self.out} holds {', '.join(names)}"
+    @contextlib.contextmanager
+    def publishing(self, *names: str, holding: str = "") -> Iterator[Path]:
+        """Yields a scratch folder for files or folders of these names; in the end they move to the directory.
+
+        They replace those of an earlier run, which stay if anything fails.
+
+        Args:
+            *names: what is written.
+            holding: what the directory holds then, in words; if empty, the names.
+        """
+        self.writing = True
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)  # if it was removed since the run began
+            with _scratch(self.out) as scratch:
+                yield scratch
+                _move(names, scratch, self.out)
+            self.kept = f"{self.out} holds {holding or ', '.join(names)}"
+        finally:
+            self.writing = False
+        if self.waiting:
+            raise KeyboardInterrupt(self.waiting[0])
 
 
 @contextlib.contextmanager
 def directory(parser: options.Parser, out: Path) -> Iterator[Outputs]:
-    """Makes the directory and yields it. Ctrl-C inside exits with code 130 and one line that says what was written.
+    """Makes the directory and yields it. If it cannot be written, that is an error of the argument --out.
 
-    If the directory cannot be written, that is an error of the argument --out.
+    A signal ends the run with the code that a shell gives for it, 130 for Ctrl-C, and a failed write with code 1. Either
+    takes one line, which says what was written.
     """
+    outputs = Outputs(out)
+    # what is ignored, as under nohup, stays ignored
+    handlers = {number: old for number in SIGNALS if (old := signal.getsignal(number)) not in (signal.SIG_IGN, None)}
+    try:
+        for number in handlers:
+            signal.signal(number, outputs.stop)
+        _try(parser, out)
+        yield outputs
+        sys.stdout.flush()  # or a full disk would show only when Python ends
+    except KeyboardInterrupt as interrupt:
+        outputs.writing = True  # no further signal comes between
+        (number,) = interrupt.args or (signal.SIGINT,)
+        parser.exit(128 + number, f"interrupted: {outputs.kept}\n")
+    except OSError as error:
+        name = f": {Path(str(error.filename)).name}" if error.filename else ""
+        parser.fail(f"{error.strerror or error}{name}; {outputs.kept}")
+    finally:
+        for number, old in handlers.items():
+            signal.signal(number, old)
+
+
+def table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a CSV file; floats have six digits."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([f"{v:.6g}" if isinstance(v, float | np.floating) else v for v in row] for row in rows)
+
+
+def _try(parser: options.Parser, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+        for left in out.glob(f"{PREFIX}*"):
+            # not removed, as a run that is still writing would lose its files
+            print(
+                f"{parser.prog}: {left} is of a run that was killed; remove it if no other run is at work", file=sys.stderr
+            )
     except OSError as error:
         parser.error(f"argument --out: must be a directory to write to, got {str(out)!r}: {error.strerror}")
-    with scratch:
-        outputs = Outputs(out, Path(scratch.name))
-        try:
-            yield outputs
-        except KeyboardInterrupt:
-            print(f"interrupted: {outputs.kept}", file=sys.stderr)
-            sys.exit(130)
+
+
+@contextlib.contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """Makes a folder on the same disk, so that a file moves from it in one step, and removes it in the end."""
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=out, ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def _move(names: Sequence[str], scratch: Path, out: Path) -> None:
+    """Moves all, or none if one move fails."""
+    former = scratch / "former"
+    former.mkdir()
+    with contextlib.ExitStack() as undo:
+        for name in names:
+            if (out / name).exists():  # moved away first, as a folder with files cannot be replaced
+                (out / name).rename(former / name)
+                undo.callback((former / name).rename, out / name)
+            (scratch / name).rename(out / name)
+            undo.callback((out / name).rename, scratch / name)
+        undo.pop_all()

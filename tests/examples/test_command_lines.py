@@ -1,4 +1,4 @@
-"""What the scripts have in common: their options, and Ctrl-C. train_digits.py has more of both, in a file of its own."""
+"""What the scripts have in common: their options, and signals. train_digits.py has more of both, in a file of its own."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ from scripts import error_of
 
 # with a function that each calls in the midst of its work
 SCRIPTS = {
-    activations: "draw",
+    activations: "compare",
     binary_classifier: "train",
     born_dead: "measure",
     compare_activations: "time_passes",
@@ -57,26 +57,24 @@ def test_mistakes_take_one_line(script, tmp_path, capsys):
 
 
 @each_script
-def test_ctrl_c_leaves_nothing(script, tmp_path, monkeypatch, capsys):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(script, SCRIPTS[script], interrupted)
-    error = error_of(script, 130, capsys, "--quick", "--out", str(tmp_path / "out"))
+def test_a_signal_leaves_nothing(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, SCRIPTS[script], lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
+    error = error_of(script, 143, capsys, "--quick", "--out", str(tmp_path / "out"))
     assert error == f"interrupted: nothing was written to {tmp_path}/out"
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_real_ctrl_c_leaves_nothing(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_real_signal_leaves_nothing(number, code, tmp_path):
     # from another folder, with a script that imports little
     command = [sys.executable, born_dead.__file__, "--out", "out"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=tmp_path, text=True, env=environment) as process:
         # the progress bar, which is there when the work begins
         assert any("/100000" in line for line in process.stderr)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, error = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert error.splitlines()[-1] == "interrupted: nothing was written to out"
     assert list((tmp_path / "out").iterdir()) == []
 

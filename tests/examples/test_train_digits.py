@@ -1,6 +1,8 @@
 import itertools
 import math
 import re
+import resource
+import signal
 
 import jax
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from flax import nnx
 
 import train_digits
-from common import digits, training
+from common import digits, runs, training
 from common.classifiers import ACTIVATIONS, MODELS
 from scripts import arrays, check_picture, error_of, rows
 
@@ -25,7 +27,7 @@ def run(out, *options):
 def leave_pictures_blank(monkeypatch):
     """Takes away what drawing costs, where a test is about something else."""
     for writer in ("write_curves", "write_units"):
-        monkeypatch.setattr(train_digits, writer, lambda path, *args: path.touch())
+        monkeypatch.setattr(runs, writer, lambda path, *args: path.touch())
 
 
 def metrics(out):
@@ -209,22 +211,42 @@ def test_unwritable_out_is_found_before_training(tmp_path, capsys, monkeypatch):
         assert "argument --out: must be a directory to write to" in refusal(capsys, "--out", str(out))
 
 
-@pytest.mark.parametrize(("epochs", "files"), [(0, []), (1, FILES)])
-def test_ctrl_c_keeps_the_epochs_so_far(epochs, files, tmp_path, scripted, capsys):
-    def interrupted():
-        raise KeyboardInterrupt
-
-    scripted([1.0], [scored(0.5, 0.9)] * epochs + [interrupted])
+@pytest.mark.parametrize(
+    ("number", "epochs", "files"), [(signal.SIGINT, 0, []), (signal.SIGINT, 1, FILES), (signal.SIGTERM, 2, FILES)]
+)
+def test_a_signal_keeps_the_epochs_so_far(number, epochs, files, tmp_path, scripted, capsys):
+    scripted([1.0], [scored(0.5, 0.9)] * epochs + [lambda: signal.raise_signal(number)])
     with pytest.raises(SystemExit) as exit_info:
         run(tmp_path, *CHEAP)
-    assert exit_info.value.code == 130
+    assert exit_info.value.code == 128 + number
     out, error = capsys.readouterr()
     assert out == ""
-    kept = f"{tmp_path} holds 1 epochs and the model of epoch 1" if epochs else f"nothing was written to {tmp_path}"
-    assert error.rstrip().splitlines()[-1].endswith(f"interrupted: {kept}")
+    plural = "s" if epochs > 1 else ""
+    kept = (
+        f"{tmp_path} holds {epochs} epoch{plural} and the model of epoch 1"
+        if epochs
+        else f"nothing was written to {tmp_path}"
+    )
+    assert error.rstrip().splitlines()[-1] == f"interrupted: {kept}"
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     if epochs:
-        assert [row["epoch"] for row in metrics(tmp_path)] == ["1"]
+        assert [row["epoch"] for row in metrics(tmp_path)] == [str(epoch + 1) for epoch in range(epochs)]
+
+
+def test_a_disk_without_room_for_the_model_leaves_the_earlier_run(tmp_path, scripted, capsys, monkeypatch):
+    scripted([1.0], [scored(0.5, 0.9)] * 5 * 2)
+    run(tmp_path, *CHEAP)
+    before = (tmp_path / "metrics.csv").stat().st_ino
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # a limit on the size of files, as a full disk would need the rights of root
+    monkeypatch.setattr(runs, "write_units", lambda *args: resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, hard)))
+    try:
+        error = error_of(train_digits, 1, capsys, *CHEAP, "--out", str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error == f"train_digits.py: File too large; nothing was written to {tmp_path}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    assert (tmp_path / "metrics.csv").stat().st_ino == before
 
 
 def test_a_loss_that_is_not_finite_ends_with_code_1_and_leaves_nothing(tmp_path, scripted, capsys):
