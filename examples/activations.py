@@ -249,7 +249,7 @@ def print_tables(found: dict[str, Found]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compares and draws; argv is the command line without the program's name."""
-    parser = options.demonstration("activations.py", "Tabulate, compare and draw the five activations.")
+    parser = options.demonstration("activations.py", "Tabulate, compare and draw the five activations.", OUTPUTS)
     args = parser.parse_args(argv)
     with outputs.directory(parser, args.out) as directory:
         draws = 3 * jax.random.normal(jax.random.key(args.seed), (1000,))

@@ -141,11 +141,11 @@ def print_table(shares: dict[int, Shares], networks: int, out: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws and counts; argv is the command line without the program's name."""
-    parser = options.demonstration("born_dead.py", "Count the ReLU networks that are dead before training.")
+    parser = options.demonstration("born_dead.py", "Count the ReLU networks that are dead before training.", OUTPUTS)
     args = parser.parse_args(argv)
     batches = 2 if args.quick else 20
     with outputs.directory(parser, args.out) as directory:
-        with tqdm(total=len(WIDTHS) * batches * BATCH, unit="network") as progress:
+        with options.progress(total=len(WIDTHS) * batches * BATCH, unit="network") as progress:
             shares = {width: measure(width, batches, args.seed, progress) for width in WIDTHS}
         cells = [(width, depth, share.constant[depth - 2]) for width, share in shares.items() for depth in DEPTHS]
         with directory.publishing(*OUTPUTS) as scratch:

@@ -31,7 +31,6 @@ import optax
 from jax import Array
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 import jaxrelu
 from common import digits, options, outputs, plots, training
@@ -312,7 +311,7 @@ def print_tables(rows: list[Row], times: dict[str, list[float]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains and times; argv is the command line without the program's name."""
-    parser = options.demonstration("compare_activations.py", "Compare activations in a classifier of digits.")
+    parser = options.demonstration("compare_activations.py", "Compare activations in a classifier of digits.", OUTPUTS)
     args = parser.parse_args(argv)
     settings = QUICK if args.quick else FULL
     epochs, seeds, repeats = (1, 2, 3) if args.quick else (EPOCHS, SEEDS, 20)
@@ -322,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with outputs.directory(parser, args.out) as directory:
         data = digits.bundled(args.seed)
         times = time_passes(choices, repeats, keys[0])
-        with tqdm(total=sum(len(names) for *_, names in settings), unit="network") as progress:
+        with options.progress(total=sum(len(names) for *_, names in settings), unit="network") as progress:
             for images, depth, names in settings:
                 batches, held_out = make_data(images, data, epochs, args.seed)
                 for name in names:

@@ -177,11 +177,11 @@ def print_table(runs: Sequence[Run], out: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains every cure on every seed; argv is the command line without the program's name."""
-    parser = options.demonstration("dying_relu.py", "Compare cures of a network with many dead units.")
+    parser = options.demonstration("dying_relu.py", "Compare cures of a network with many dead units.", OUTPUTS)
     args = parser.parse_args(argv)
     seeds, steps = (1, 600) if args.quick else (3, 2200)
     with outputs.directory(parser, args.out) as directory:
-        with tqdm(total=len(CURES) * seeds * steps, unit="step") as progress:
+        with options.progress(total=len(CURES) * seeds * steps, unit="step") as progress:
             runs = [train(name, seed, steps, progress) for name in CURES for seed in options.seeds(args.seed, seeds)]
         ends = [(run.cure, run.seed, run.mse[-1], run.dead_share[-1]) for run in runs]
         with directory.publishing(*OUTPUTS) as scratch:

@@ -68,7 +68,7 @@ def draw(path: Path, flows: dict[str, list[float]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Computes the gradients; argv is the command line without the program's name."""
-    parser = options.demonstration("gradient_flow.py", "Compare the gradients in a sigmoid and in a ReLU network.")
+    parser = options.demonstration("gradient_flow.py", "Compare the gradients in a sigmoid and in a ReLU network.", OUTPUTS)
     args = parser.parse_args(argv)
     with outputs.directory(parser, args.out) as directory:
         found = {name: input_gradient(activation) for name, (activation, _) in ACTIVATIONS.items()}

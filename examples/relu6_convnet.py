@@ -214,13 +214,15 @@ def print_summary(rows: Sequence[Row]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, rounds, and checks the accuracies; argv is the command line without the program's name."""
-    parser = options.demonstration("relu6_convnet.py", "Train a MobileNet-style network with relu6; round it to 8 bits.")
+    parser = options.demonstration(
+        "relu6_convnet.py", "Train a MobileNet-style network with relu6; round it to 8 bits.", OUTPUTS
+    )
     args = parser.parse_args(argv)
     with outputs.directory(parser, args.out) as directory:
         data = digits.bundled(args.seed)
         cases = [(name, dtype) for dtype in (jnp.float32, jnp.bfloat16) for name in ("relu6", "relu")]
         cases = cases[: 1 if args.quick else None]
-        with tqdm(total=len(cases) * (QUICK_EPOCHS if args.quick else EPOCHS), unit="epoch") as progress:
+        with options.progress(total=len(cases) * (QUICK_EPOCHS if args.quick else EPOCHS), unit="epoch") as progress:
             rows = [examine(*case, data, args, progress) for case in cases]
         write(directory, rows)
         print_summary(rows)

@@ -26,7 +26,6 @@ from jax import Array
 from jax.typing import DTypeLike
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 import jaxrelu
 from common import digits, options, outputs, plots, training
@@ -246,7 +245,7 @@ def check(parser: options.Parser, args: argparse.Namespace, shares: dict[str, fl
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Counts, trains and checks; argv is the command line without the program's name."""
-    parser = options.demonstration("relu_prime.py", "Show when relu's derivative at 0 matters.")
+    parser = options.demonstration("relu_prime.py", "Show when relu's derivative at 0 matters.", OUTPUTS)
     args = parser.parse_args(argv)
     dtypes, kinks, steps, seeds = DTYPES, KINKS, STEPS, 3
     if args.quick:
@@ -254,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with outputs.directory(parser, args.out) as directory:
         data = digits.bundled(args.seed)
         cases = [(rule, kink) for rule in RULES for kink in kinks]
-        with tqdm(total=len(dtypes) + len(cases), unit="run") as progress:
+        with options.progress(total=len(dtypes) + len(cases), unit="run") as progress:
 
             def counted(result: Any) -> Any:
                 progress.update()

@@ -135,7 +135,7 @@ def draw(path: Path, found: dict[str, np.ndarray]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Builds and compares the networks; argv is the command line without the program's name."""
-    parser = options.demonstration("simple_nets.py", "Build two small networks with Flax linen and nnx.")
+    parser = options.demonstration("simple_nets.py", "Build two small networks with Flax linen and nnx.", OUTPUTS)
     args = parser.parse_args(argv)
     with outputs.directory(parser, args.out) as directory:
         x = jax.random.normal(jax.random.key(args.seed), (1000 if args.quick else 10_000, 10))

@@ -22,7 +22,6 @@ import optax
 from jax import Array
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 import jaxrelu
 from common import digits, options, outputs, plots
@@ -265,26 +264,30 @@ def check(parser: options.Parser, quick: bool, runs: dict[str, Run], fits: dict[
             parser.fail(f"{name} must reach {wanted} %, got {100 * runs[name].accuracy:.1f} %")
     if not quick:
         clips, suits = runs[CLIPS].dead[-1], runs[SUITS].dead[-1]
-        if not clips >= max(0.2, 2 * suits):
+        if not (clips >= 0.2 and clips >= 2 * suits):
             parser.fail(
                 f"clipping alone must leave 20 % of the units dead and twice as many as rate {LOW}, got "
                 f"{100 * clips:.0f} % and {100 * suits:.0f} %"
             )
-    if fits["relu"][1, -1] != 0 or fits["relu"][0, -1] < 1 or fits["nothing"][0, -1] > (0.5 if quick else 0.01):
+    (stuck, gradient), fitted = fits["relu"][:, -1], fits["nothing"][0, -1]
+    # with `not`, as a comparison with NaN is false
+    if not (gradient == 0 and stuck >= 1 and fitted <= (0.5 if quick else 0.01)):
         parser.fail(
             "with a relu on a negative output the network must learn nothing, without it reach a loss near 0, got losses "
-            f"{fits['relu'][0, -1]:.2g} and {fits['nothing'][0, -1]:.2g}"
+            f"{stuck:.2g} and {fitted:.2g}"
         )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains by each recipe and checks; argv is the command line without the program's name."""
-    parser = options.demonstration("stable_training.py", "Keep a deep network from exploding at a high learning rate.")
+    parser = options.demonstration(
+        "stable_training.py", "Keep a deep network from exploding at a high learning rate.", OUTPUTS
+    )
     args = parser.parse_args(argv)
     steps, names, ends = (QUICK_STEPS, QUICK, QUICK_ENDS) if args.quick else (STEPS, tuple(RECIPES), tuple(ENDS))
     with outputs.directory(parser, args.out) as directory:
         data = digits.bundled(args.seed)
-        with tqdm(names, unit="run") as progress:
+        with options.progress(names, unit="run") as progress:
             runs = {name: train(RECIPES[name], data, steps, args.seed) for name in progress}
         key = jax.random.key(args.seed)
         fits = {name: np.array(fit_negative(ENDS[name][0], STEPS, key)) for name in ends}

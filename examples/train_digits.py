@@ -24,7 +24,6 @@ from flax import nnx
 from jax import Array
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from common import digits, options, outputs, runs, training
 from common.classifiers import ACTIVATIONS, MODELS
@@ -34,6 +33,7 @@ from jaxrelu.diagnostics import UnitStats, merge, to_scalars
 from jaxrelu.initializers import kaiming_normal
 from jaxrelu.recycling import Edge, recycle
 
+BATCH = 64
 SCHEDULES = ("constant", "cosine", "exponential", "step")
 # images evaluated at a time, so that a large test set fits in memory; of the bundled digits 180 validate and 360 test, so
 # that one compilation serves both
@@ -42,24 +42,30 @@ CHUNK = 180
 
 def build_parser() -> options.Parser:
     """Returns the parser of the command line."""
-    parser = options.Parser("train_digits.py", "Train a small classifier of handwritten digits.")
-    add = parser.add_argument
-    add("--activation", choices=ACTIVATIONS, default="relu", help="activation of every hidden layer")
-    add("--model", choices=MODELS, default="cnn", help="network")
-    add("--epochs", type=options.positive_int, default=60, help="passes over the training images")
-    add("--batch-size", type=options.positive_int, default=64, help="images per step")
-    add("--learning-rate", type=options.positive_float, default=0.005, help="Adam's learning rate at the first step")
-    add("--schedule", choices=SCHEDULES, default="cosine", help="how the learning rate changes over the steps")
-    add("--clip-norm", type=options.nonnegative_float, default=0.0, help="largest gradient norm; 0: no limit")
-    add(
-        "--patience", type=options.natural, default=0, help="stop after so many epochs without a better validation; 0: never"
+    parser = options.Parser(
+        "train_digits.py", "Train a small classifier of handwritten digits.", OUTPUTS, "--model mlp --activation elu"
     )
-    add("--recycle", type=options.natural, default=0, help="restart dead units every so many steps; 0: never")
-    add("--seed", type=options.seed, default=0, help="seed of the weights, the batches and the shifts")
-    add("--split-seed", type=options.seed, default=0, help="seed of the split into training, validation and test images")
-    add("--out", type=options.path, default=Path("runs/digits"), help="directory to write")
-    add(
-        "--data", type=options.path, help="an .npz file with the arrays of Keras's mnist.npz, in place of the bundled digits"
+    add = parser.option
+    add("--activation", "activation of every hidden layer", choices=ACTIVATIONS, default="relu")
+    add("--model", "network", choices=MODELS, default="cnn")
+    add("--epochs", "passes over the training images", type=options.positive_int, default=60)
+    parser.add_argument(
+        "--batch-size",
+        type=options.positive_int,
+        help=f"images per step (default: {BATCH}, or all training images if they are fewer)",
+    )
+    add("--learning-rate", "Adam's learning rate at the first step", type=options.positive_float, default=0.005)
+    add("--schedule", "how the learning rate changes over the steps", choices=SCHEDULES, default="cosine")
+    add("--clip-norm", "largest gradient norm; 0: no limit", type=options.nonnegative_float, default=0.0)
+    add("--patience", "stop after so many epochs without a better one; 0: never", type=options.natural, default=0)
+    add("--recycle", "restart dead units every so many steps; 0: never", type=options.natural, default=0)
+    add("--seed", "seed of the weights, the batches and the shifts", type=options.seed, default=0)
+    add("--split-seed", "seed of the split into training, validation and test images", type=options.seed, default=0)
+    add("--out", "directory to write", type=options.path, default=Path("runs/digits"))
+    parser.add_argument(
+        "--data",
+        type=options.path,
+        help="an .npz file with the arrays of Keras's mnist.npz (default: scikit-learn's 1,797 digits)",
     )
     return parser
 
@@ -108,7 +114,7 @@ def train(model: nnx.Module, data: Digits, args: argparse.Namespace) -> Run:
     """Trains the model until all epochs are done, --patience stops it, or a signal comes.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: a loss is not finite.
         KeyboardInterrupt: a signal came before the end of the first epoch.
     """
     count = len(data.train.labels)
@@ -118,17 +124,19 @@ def train(model: nnx.Module, data: Digits, args: argparse.Namespace) -> Run:
     key, order = jax.random.key(args.seed), np.random.default_rng(args.seed)
     run = None
     try:
-        with tqdm(range(1, args.epochs + 1), unit="epoch") as progress:
+        with options.progress(range(1, args.epochs + 1), unit="epoch") as progress:
             for number in progress:
                 seen = [
                     training.train_step(model, optimizer, key, data.train.images[i], data.train.labels[i], args.recycle > 0)
                     for i in training.batches(order, count, args.batch_size)
                 ]
                 loss, norm = np.mean(jax.device_get(seen), axis=0, dtype=np.float64)
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {loss} in epoch {number}")
                 rate = float(schedule((number - 1) * steps))
                 validation_loss, accuracy, units = evaluate(model, data.validation)
+                # the last step of an epoch shows in the validation alone
+                for name, value in {"loss": loss, "validation loss": validation_loss}.items():
+                    if not math.isfinite(value):
+                        raise FloatingPointError(f"the {name} is {value} in epoch {number}")
                 epoch = Epoch(number, float(loss), validation_loss, accuracy, rate, float(norm), units)
                 # the best accuracy wins; among equal accuracies the lowest loss, and among equal losses the first epoch
                 if run is None or _merit(epoch) > _merit(run.best):
@@ -136,14 +144,8 @@ def train(model: nnx.Module, data: Digits, args: argparse.Namespace) -> Run:
                 recycled = int(optimizer.opt_state.recycled[...].sum()) if args.recycle else 0
                 # in one assignment, so that a signal leaves an epoch whole
                 run = Run([*(run.epochs if run else []), epoch], best, parameters, recycled, None)
-                progress.set_postfix(
-                    loss=f"{loss:.4f}",
-                    accuracy=f"{accuracy:.2%}",
-                    rate=f"{rate:.1e}",
-                    norm=f"{norm:.2g}",
-                    dead=by_layer(epoch, "dead"),
-                    firing=by_layer(epoch, "firing_rate"),
-                )
+                # in 80 columns no more has room; the other figures are in metrics.csv
+                progress.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.1%}")
                 if args.patience and number - best.epoch >= args.patience:
                     break
     except KeyboardInterrupt as interrupt:
@@ -172,6 +174,8 @@ def print_summary(args: argparse.Namespace, run: Run, accuracy: float, seconds: 
     }.items():
         table.add_row(name, str(value))
     Console().print(table)
+    if remark := runs.on_dead_units(run.best, args.activation, recycling=args.recycle > 0):
+        Console().print(remark, highlight=False)
     print(f"test accuracy {100 * accuracy:.2f} %")
 
 
@@ -184,17 +188,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = digits.from_file(args.data, args.split_seed) if args.data else digits.bundled(args.split_seed)
     except ValueError as error:
         parser.error(f"argument --data: {error}")
-    if args.batch_size > len(data.train.labels):
-        parser.error(
-            f"argument --batch-size: must be at most {len(data.train.labels)}, all training images, got {args.batch_size}"
-        )
+    count = len(data.train.labels)
+    if args.batch_size is None:
+        args.batch_size = min(BATCH, count)
+    if args.batch_size > count:
+        parser.error(f"argument --batch-size: must be at most {count}, all training images, got {args.batch_size}")
     with outputs.directory(parser, args.out) as directory:
         size = data.train.images.shape[1:3]
         model = MODELS[args.model](size, data.classes, ACTIVATIONS[args.activation], nnx.Rngs(args.seed))
         try:
             run = train(model, data, args)
         except FloatingPointError as error:
-            parser.fail(f"{error}; lower --learning-rate or set --clip-norm")
+            parser.fail(f"{error}; lower --learning-rate or {'--clip-norm' if args.clip_norm else 'set --clip-norm'}")
         runs.write(directory, run, f"{args.activation} {args.model}")
         if run.interrupt:
             raise run.interrupt

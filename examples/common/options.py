@@ -1,18 +1,34 @@
-"""The command line of the examples: errors in one line, and types that refuse values with which training cannot work."""
+"""The command line of the examples: help, errors in one line, types that refuse what cannot work, and the progress bar."""
 
 import argparse
 import math
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from tqdm import tqdm
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports an error in one line on stderr, without the usage, and exits with code 2."""
+    """An argument parser that reports an error in one line on stderr, without the usage, and exits with code 2.
 
-    def __init__(self, prog: str, description: str) -> None:
+    Its help says which files the script writes, and ends with an example: the arguments of a run.
+    """
+
+    def __init__(self, prog: str, description: str, writes: Sequence[str], example: str) -> None:
+        *most, last = writes
+        files = f"{', '.join(most)} and {last}" if most else last
         super().__init__(
-            prog, description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            prog,
+            description=f"{description} Writes {files} to the directory --out, in place of those of an earlier run.",
+            epilog=f"example: python examples/{prog} {example}",
+            allow_abbrev=False,
         )
+
+    def option(self, name: str, text: str, *, default: Any, **settings: Any) -> None:
+        """Adds an option whose help ends with its default."""
+        self.add_argument(name, default=default, help=f"{text} (default: %(default)s)", **settings)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
@@ -22,14 +38,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(1, f"{self.prog}: {' '.join(message.split())}\n")
 
 
-def demonstration(prog: str, description: str) -> Parser:
+def demonstration(prog: str, description: str, writes: Sequence[str]) -> Parser:
     """Returns a parser of --quick, --out and --seed, for the scripts without options of their own."""
-    parser = Parser(prog, description)
+    parser = Parser(prog, description, writes, "--quick --out runs/trial")
     parser.add_argument("--quick", action="store_true", help="a short trial, of seconds")
     out = Path("runs") / Path(prog).stem
-    parser.add_argument("--out", type=path, default=out, help="directory to write")
-    parser.add_argument("--seed", type=seed, default=0, help="seed of everything random")
+    parser.option("--out", "directory to write", type=path, default=out)
+    parser.option("--seed", "seed of everything random", type=seed, default=0)
     return parser
+
+
+def progress(iterable: Iterable[Any] | None = None, **settings: Any) -> tqdm:
+    """Returns a progress bar as wide as the terminal, or of 80 columns in a file or pipe."""
+    width = {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": 80}
+    return tqdm(iterable, **width, **settings)
 
 
 def positive_int(text: str) -> int:

@@ -9,10 +9,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from common import outputs, plots
+from common.classifiers import ACTIVATIONS
 from common.outputs import Outputs
 
 OUTPUTS = ("metrics.csv", "curves.png", "units.png", "model")
 UNITS = ("dead", "firing_rate")
+# the share of a layer's units from which on being dead is worth a word
+MANY = 0.1
 
 
 class Epoch(NamedTuple):
@@ -43,6 +46,23 @@ class Run(NamedTuple):
 def by_layer(epoch: Epoch, key: str) -> str:
     """Returns the shares of the layers, from the input on."""
     return " ".join(f"{value:.1%}" for name, value in epoch.units.items() if name.endswith(f"/{key}"))
+
+
+def on_dead_units(epoch: Epoch, activation: str, *, recycling: bool) -> str:
+    """Returns what the largest share of dead units in a layer means, and what to try; empty if it is small."""
+    share, layer = max((share, name.removesuffix("/dead")) for name, share in epoch.units.items() if name.endswith("/dead"))
+    if share < MANY:
+        return ""
+    seen = f"No validation image activates {share:.1%} of the units of {layer}."
+    if jax.grad(ACTIVATIONS[activation].function)(-1.0) != 0:
+        return f"{seen} With {activation} they still get a gradient, through the slope below 0, and go on learning."
+    if share == 1:
+        return f"{seen} So the network cannot tell images apart. Lower --learning-rate or set --clip-norm."
+    recycle = "a smaller --recycle" if recycling else "--recycle 100"
+    return (
+        f"{seen} This is no harm in itself: the other units do the work. But those that no training image activates either "
+        f"get no gradient and learn no more. To keep more of them alive, try {recycle} or --activation elu."
+    )
 
 
 def write_metrics(path: Path, run: Run) -> None:

@@ -1,6 +1,7 @@
 """What the tests of the example scripts share: a quick run, the tables that it writes, how it fails, and other data."""
 
 import csv
+import re
 
 import numpy as np
 import pytest
@@ -20,6 +21,12 @@ def check_picture(path):
     header = path.read_bytes()[:20]
     assert header.startswith(b"\x89PNG")
     assert int.from_bytes(header[16:20], "big") == 800
+
+
+def check_width(text):
+    """Returns what is printed, having checked that each line has room in 80 columns."""
+    assert max(map(len, re.split(r"[\r\n]", text))) <= 80
+    return text
 
 
 def rows(path):

@@ -1,6 +1,7 @@
 """What the scripts have in common: their options, and signals. train_digits.py has more of both, in a file of its own."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import relu6_convnet
 import relu_prime
 import simple_nets
 import stable_training
-from common import options
-from scripts import error_of
+import train_digits
+from common import options, outputs
+from scripts import check_width, error_of
 
 # with a function that each calls in the midst of its work
 SCRIPTS = {
@@ -77,6 +79,39 @@ def test_a_real_signal_leaves_nothing(number, code, tmp_path):
     assert process.returncode == code
     assert error.splitlines()[-1] == "interrupted: nothing was written to out"
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, train_digits], ids=lambda script: script.__name__)
+def test_help_names_files_defaults_and_an_example(script, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as exit_info:
+        script.main(["--help"])
+    assert exit_info.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    *most, last = script.OUTPUTS
+    assert f"Writes {', '.join(most)}{' and ' if most else ''}{last} to the directory --out" in text
+    folder = "digits" if script is train_digits else script.__name__
+    assert f"(default: runs/{folder})" in text
+    assert not re.search("default: (None|False)", text)
+    # each option has a default, but for --help and --quick
+    (synopsis,) = re.findall("usage: .*?options:", text)
+    assert text.count("(default: ") == synopsis.count("[--") - synopsis.count("[--quick]")
+
+    # the example is accepted
+    prefix = f"example: python examples/{script.__name__}.py "
+    assert lines[-1].startswith(prefix)
+    monkeypatch.setattr(outputs, "directory", lambda parser, out: sys.exit("accepted"))
+    with pytest.raises(SystemExit, match="accepted"):
+        script.main(lines[-1].removeprefix(prefix).split())
+
+
+@pytest.mark.parametrize("description", ["", "leaky_relu 0.01, 10 layers"])
+def test_progress_has_room_in_80_columns(description, capsys):
+    with options.progress(range(100_000), unit="network", desc=description) as progress:
+        progress.set_postfix_str("loss 0.0043, accuracy 100.0%")
+    assert description in check_width(capsys.readouterr().err)
 
 
 def test_seeds_wrap_around():

@@ -14,7 +14,7 @@ import pytest
 
 from common import options, outputs, runs
 
-PARSER = options.Parser("script.py", "A script.")
+PARSER = options.Parser("script.py", "A script.", ["table.csv"], "")
 KINDS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 
 
@@ -162,7 +162,7 @@ def slow_save(*args):
     time.sleep(0.3)
 ocp.StandardCheckpointer.save = slow_save
 
-with outputs.directory(options.Parser("script.py", "A script."), Path("out")) as directory:
+with outputs.directory(options.Parser("script.py", "A script.", ["model"], ""), Path("out")) as directory:
     epoch = runs.{epoch}
     runs.write(directory, runs.Run([epoch], epoch, {{"kernel": np.ones((300, 500))}}, 0, None), "")
 """

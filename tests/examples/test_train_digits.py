@@ -13,7 +13,7 @@ from flax import nnx
 import train_digits
 from common import digits, runs, training
 from common.classifiers import ACTIVATIONS, MODELS
-from scripts import arrays, check_picture, error_of, rows
+from scripts import arrays, check_picture, check_width, error_of, rows
 
 FIELDS = ["epoch", "loss", "validation_loss", "validation_accuracy", "learning_rate", "gradient_norm"]
 FILES = ["curves.png", "metrics.csv", "model", "units.png"]
@@ -79,9 +79,14 @@ def test_short_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(digits, "random_shift", lambda *args: traces.append(1) or shift(*args))
     run(a, *CHEAP)
     assert len(traces) == 1  # one compilation, though 1,257 images are no whole number of batches of 64
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
+    assert "4/4" in check_width(progress)
+    assert "accuracy " in progress
     check_run(a, "mlp", printed.rstrip().splitlines())
     assert "units recycled" not in printed
+    # of the 256 units of hidden2 a third is dead
+    share = float(metrics(a)[-1]["hidden2/dead"])
+    assert f"No validation image activates {share:.1%} of the units of hidden2. This is no harm" in printed.replace("\n", "")
     assert slopes_of(a) == []
 
     leave_pictures_blank(monkeypatch)
@@ -252,8 +257,46 @@ def test_a_disk_without_room_for_the_model_leaves_the_earlier_run(tmp_path, scri
 def test_a_loss_that_is_not_finite_ends_with_code_1_and_leaves_nothing(tmp_path, scripted, capsys):
     scripted([1.0] * 19 + [math.nan], [scored(0.5, 0.9)] * 4)  # 19 steps per epoch
     error = error_of(train_digits, 1, capsys, *CHEAP, "--out", str(tmp_path))
-    assert error == "train_digits.py: the loss is nan in epoch 2; lower --learning-rate or set --clip-norm"
+    assert error == "train_digits.py: the loss is nan in epoch 2; lower --learning-rate or --clip-norm"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_last_step_that_ruins_the_network_is_divergence(tmp_path, scripted, capsys):
+    scripted([1.0], [scored(0.5, 0.9)] * 3 + [scored(math.nan, 0.1)])
+    error = error_of(train_digits, 1, capsys, *CHEAP, "--clip-norm", "0", "--out", str(tmp_path))
+    assert error == "train_digits.py: the validation loss is nan in epoch 4; lower --learning-rate or set --clip-norm"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_dead_units_mean_is_said():
+    def said(hidden1, hidden2, activation="relu", *, recycling=False):
+        units = {"hidden1/dead": hidden1, "hidden1/firing_rate": 0.5, "hidden2/dead": hidden2, "hidden2/firing_rate": 0.9}
+        return runs.on_dead_units(runs.Epoch(1, 1.0, 1.0, 0.5, 0.1, 1.0, units), activation, recycling=recycling)
+
+    assert said(0.0, 0.09) == ""
+    assert said(0.375, 0.25) == (
+        "No validation image activates 37.5% of the units of hidden1. This is no harm in itself: the other units do the "
+        "work. But those that no training image activates either get no gradient and learn no more. To keep more of them "
+        "alive, try --recycle 100 or --activation elu."
+    )
+    assert said(0.1, 0.25, "relu6", recycling=True).endswith("try a smaller --recycle or --activation elu.")
+    assert "of hidden2. So the network cannot tell images apart." in said(0.1, 1.0)
+    for activation in ("leaky_relu", "prelu", "elu"):
+        assert said(0.2, 0.1, activation).endswith(
+            f"With {activation} they still get a gradient, through the slope below 0, and go on learning."
+        )
+
+
+def test_a_small_data_set_is_one_batch(tmp_path, scripted, monkeypatch, capsys):
+    np.savez(tmp_path / "data.npz", **arrays(size=(3, 3)))  # 54 to train
+    options = ["--data", str(tmp_path / "data.npz"), "--out", str(tmp_path / "out"), *CHEAP]
+    scripted([1.0], [scored(0.5, 0.9)] * 5)
+    sizes, batches = [], training.batches
+    monkeypatch.setattr(training, "batches", lambda rng, n, size: sizes.append(size) or batches(rng, n, size))
+    train_digits.main(options)
+    assert sizes == [54] * 4
+    error = error_of(train_digits, 2, capsys, *options, "--batch-size", "64")
+    assert error == "train_digits.py: error: argument --batch-size: must be at most 54, all training images, got 64"
 
 
 def test_an_accuracy_of_chance_ends_with_code_1(tmp_path, scripted, capsys):
