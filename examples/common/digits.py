@@ -89,8 +89,11 @@ def from_file(path: Path, split_seed: int) -> Digits:
 
     try:
         train, validation = _split(part(x_train, y_train), 0.1, split_seed)
-    except ValueError as error:
-        raise ValueError(f"y_train must hold enough labels of each class to validate on a tenth of them: {error}") from error
+    except ValueError as error:  # it names arguments of scikit-learn
+        found = f"{len(y_train)} labels of {len(classes)} classes, {np.unique_counts(y_train).counts.min()} of the rarest"
+        raise ValueError(
+            f"y_train must hold two labels or more of each class, a tenth of all one of each, got {found}"
+        ) from error
     return Digits(train, validation, part(x_test, y_test), len(classes))
 
 

@@ -5,6 +5,7 @@ import csv
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -72,12 +73,13 @@ def directory(parser: options.Parser, out: Path) -> Iterator[Outputs]:
     takes one line, which says what was written.
     """
     outputs = Outputs(out)
-    # what is ignored, as under nohup, stays ignored
-    handlers = {number: old for number in SIGNALS if (old := signal.getsignal(number)) not in (signal.SIG_IGN, None)}
+    # Python lets the main thread alone handle signals; what is ignored, as under nohup, stays ignored
+    handled = SIGNALS if threading.current_thread() is threading.main_thread() else []
+    handlers = {number: old for number in handled if (old := signal.getsignal(number)) not in (signal.SIG_IGN, None)}
     try:
         for number in handlers:
             signal.signal(number, outputs.stop)
-        _try(parser, out)
+        _check(parser, out)
         yield outputs
         sys.stdout.flush()  # or a full disk would show only when Python ends
     except KeyboardInterrupt as interrupt:
@@ -85,8 +87,9 @@ def directory(parser: options.Parser, out: Path) -> Iterator[Outputs]:
         (number,) = interrupt.args or (signal.SIGINT,)
         parser.exit(128 + number, f"interrupted: {outputs.kept}\n")
     except OSError as error:
-        name = f": {Path(str(error.filename)).name}" if error.filename else ""
-        parser.fail(f"{error.strerror or error}{name}; {outputs.kept}")
+        name = Path(str(error.filename or "")).name
+        where = f": {name}" if name and not name.startswith(PREFIX) else ""
+        parser.fail(f"{error.strerror or error}{where}; {outputs.kept}")
     finally:
         for number, old in handlers.items():
             signal.signal(number, old)
@@ -100,7 +103,7 @@ def table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> N
         writer.writerows([f"{v:.6g}" if isinstance(v, float | np.floating) else v for v in row] for row in rows)
 
 
-def _try(parser: options.Parser, out: Path) -> None:
+def _check(parser: options.Parser, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -108,10 +111,11 @@ def _try(parser: options.Parser, out: Path) -> None:
         for left in out.glob(f"{PREFIX}*"):
             # not removed, as a run that is still writing would lose its files
             print(
-                f"{parser.prog}: {left} is of a run that was killed; remove it if no other run is at work", file=sys.stderr
+                f"{parser.prog}: remove {left}, which a killed run left, unless a run is writing there now", file=sys.stderr
             )
     except OSError as error:
-        parser.error(f"argument --out: must be a directory to write to, got {str(out)!r}: {error.strerror}")
+        found = "a file" if isinstance(error, FileExistsError) else error.strerror
+        parser.error(f"argument --out: must be a directory to write to, got {str(out)!r}: {found}")
 
 
 @contextlib.contextmanager

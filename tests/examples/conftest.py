@@ -1,5 +1,6 @@
 """The scripts of examples/, run short. Flax and Optax promote dtypes, so strict promotion does not hold in this folder."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,16 @@ if not (Path(__file__).resolve().parents[2] / "examples").is_dir():
 @pytest.fixture(autouse=True)
 def strict_promotion() -> None:
     """Replaces the fixture of the same name in tests/conftest.py."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def signals_are_not_ignored() -> Iterator[None]:
+    """Undoes what nohup and a shell's & do, which a test's own processes would inherit."""
+    signals = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    old = {number: signal.signal(number, handler) for number, handler in signals.items()}
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True, scope="module")

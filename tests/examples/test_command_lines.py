@@ -42,7 +42,10 @@ each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: scri
 def test_mistakes_take_one_line(script, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for arguments, message in (
-        (["--out", str(tmp_path / "file")], "argument --out: must be a directory to write to"),
+        (
+            ["--out", str(tmp_path / "file")],
+            f"argument --out: must be a directory to write to, got '{tmp_path}/file': a file\n",
+        ),
         (["--out="], "argument --out: "),
         (["--seed", "-1"], "argument --seed: must be an integer of at least 0"),
         (["--quicker"], "--quicker"),

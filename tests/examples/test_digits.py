@@ -59,9 +59,10 @@ def test_other_data_is_scaled_and_split(tmp_path):
         ({"y_test": np.full(30, 7)}, "label 7 in y_test only"),
         ({"y_train": np.zeros(60, int), "y_test": np.zeros(30, int)}, "two or more, got label 0 alone"),
         (
-            {"y_train": np.array([2, *[0, 1] * 29, 0])},
-            "y_train must hold enough labels of each class|label 2 in y_test only",
+            {"y_train": np.arange(60) % 7},
+            "y_train must hold two labels or more of .*got 60 labels of 7 classes, 8 of the rarest",
         ),
+        ({"y_train": np.array([2, *[0, 1] * 29, 0])}, "got 60 labels of 3 classes, 1 of the rarest"),
         ({"y_train": np.array([object()] * 60)}, "y_train holds Python objects, which are not unpickled"),
     ],
 )

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -75,6 +76,17 @@ def test_a_signal_after_the_files_says_what_is_there(tmp_path, capsys):
     assert ending(run, tmp_path, 130, capsys) == f"interrupted: {tmp_path} holds table.csv, model"
 
 
+def test_a_thread_runs_without_signals(tmp_path):
+    def run():
+        with outputs.directory(PARSER, tmp_path) as directory:
+            results(directory, "new")
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    check_results(tmp_path, "new")
+
+
 def test_a_signal_that_is_ignored_stays_so(tmp_path):
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
@@ -116,6 +128,23 @@ def test_all_files_are_replaced_or_none(tmp_path, capsys):
     check_results(tmp_path, "new")
 
 
+def test_a_directory_that_turns_read_only_takes_one_line(tmp_path, capsys, monkeypatch):
+    def refused(path, *args):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    def run(directory):
+        monkeypatch.setattr(os, "mkdir", refused)  # file modes do not bind root
+        try:
+            results(directory, "new")
+        finally:
+            monkeypatch.undo()
+
+    with outputs.directory(PARSER, tmp_path) as directory:
+        results(directory, "old")
+    assert ending(run, tmp_path, 1, capsys) == f"script.py: Permission denied; nothing was written to {tmp_path}"
+    check_results(tmp_path, "old")
+
+
 def test_a_directory_removed_meanwhile_is_made_anew(tmp_path):
     with outputs.directory(PARSER, tmp_path / "out") as directory:
         (tmp_path / "out").rmdir()
@@ -142,7 +171,8 @@ def test_what_a_killed_run_left_is_named_and_kept(tmp_path, capsys):
     with outputs.directory(PARSER, tmp_path):
         pass
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"script.py: {tmp_path}/.unfinished-abc is of a run that was killed; remove it if no other run is at work"
+    wanted = f"script.py: remove {tmp_path}/.unfinished-abc, which a killed run left, unless a run is writing there now"
+    assert line == wanted
     assert names(tmp_path) == [".unfinished-abc"]
 
 
