@@ -31,7 +31,7 @@ from common.digits import Digits, Part
 from common.runs import OUTPUTS, UNITS, Epoch, Run, by_layer
 from jaxrelu.diagnostics import UnitStats, merge, to_scalars
 from jaxrelu.initializers import kaiming_normal
-from jaxrelu.recycling import Edge, recycle
+from jaxrelu.recycling import recycle
 
 BATCH = 64
 SCHEDULES = ("constant", "cosine", "exponential", "step")
@@ -86,9 +86,8 @@ def make_optimizer(model: nnx.Module, schedule: optax.Schedule, args: argparse.N
     clip = [optax.clip_by_global_norm(args.clip_norm)] if args.clip_norm else []
     transformation = optax.chain(*clip, optax.adam(schedule))
     if args.recycle:
-        edges = [Edge(producer, producer, [consumer]) for producer, consumer in model.EDGES]
         init = kaiming_normal(ACTIVATIONS[args.activation].function)
-        transformation = recycle(transformation, edges, every=args.recycle, key=jax.random.key(args.seed), init=init)
+        transformation = recycle(transformation, model.EDGES, every=args.recycle, key=jax.random.key(args.seed), init=init)
     return nnx.Optimizer(model, transformation, wrt=nnx.Param)
 
 
@@ -105,7 +104,7 @@ def evaluate(model: nnx.Module, part: Part) -> tuple[float, float, dict[str, flo
     n = len(part.labels)
     scores = [score(model, part.images[i : i + CHUNK], part.labels[i : i + CHUNK]) for i in range(0, n, CHUNK)]
     loss, correct = np.sum(jax.device_get([sums for *sums, _ in scores]), axis=0, dtype=np.float64) / n
-    stats = {name: functools.reduce(merge, [found[name] for *_, found in scores]) for name, _ in model.EDGES}
+    stats = {e.stats: functools.reduce(merge, [found[e.stats] for *_, found in scores]) for e in model.EDGES}
     numbers = to_scalars(stats)
     return float(loss), float(correct), {f"{name}/{key}": numbers[f"{name}/{key}"] for name in stats for key in UNITS}
 

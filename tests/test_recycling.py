@@ -61,13 +61,13 @@ def batch_norm(params, x):
 
 
 NETWORKS = {
-    "dense": (mlp, SMALL, (11, 5), ()),
-    "conv -> conv": (conv_conv, {"layer_0": conv_layer(0, 2, 6, DEAD), "layer_1": conv_layer(1, 6, 3)}, (7, 4, 5, 2), ()),
+    "dense": (mlp, SMALL, (11, 5), {}),
+    "conv -> conv": (conv_conv, {"layer_0": conv_layer(0, 2, 6, DEAD), "layer_1": conv_layer(1, 6, 3)}, (7, 4, 5, 2), {}),
     "conv -> flatten -> dense": (
         conv_flatten_dense,
         {"layer_0": conv_layer(0, 2, 6, DEAD), "layer_1": dense(1, 4 * 5 * 6, 3)},
         (7, 4, 5, 2),
-        (),
+        {"inputs": "flattened"},
     ),
     "BatchNorm": (
         batch_norm,
@@ -80,17 +80,17 @@ NETWORKS = {
             "layer_1": dense(1, 6, 3),
         },
         (11, 5),
-        ["BatchNorm_0"],
+        {"between": ["BatchNorm_0"]},
     ),
 }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_threshold_0_leaves_the_function_as_it_is(name):
-    network, params, shape, between = NETWORKS[name]
+    network, params, shape, options = NETWORKS[name]
     x = normal(9, *shape)
     inner = relaxed(optax.sgd(1e-2, momentum=0.9))
-    tx = cure(inner, [Edge("hidden", "layer_0", ["layer_1"], between)], every=1)
+    tx = cure(inner, [Edge("hidden", "layer_0", ["layer_1"], **options)], every=1)
     run = jax.jit(network)
     z = jax.device_get(run(params, x)[1])
     assert np.flatnonzero(~(z > 0).any(tuple(range(z.ndim - 1)))).tolist() == list(DEAD)
@@ -121,7 +121,7 @@ def test_threshold_0_leaves_the_function_as_it_is(name):
     assert (bias[list(DEAD)] == 0).all()
     assert (bias[alive] == untreated["layer_0"]["bias"][alive]).all()
     np.testing.assert_array_equal(cured["layer_1"]["bias"], untreated["layer_1"]["bias"])
-    if between:
+    if name == "BatchNorm":
         assert (cured["BatchNorm_0"]["scale"][list(DEAD)] == 1).all()
         assert (cured["BatchNorm_0"]["bias"][list(DEAD)] == 0).all()
         assert (cured["BatchNorm_0"]["scale"] == 1).sum() == len(DEAD)
@@ -349,11 +349,6 @@ def test_the_work_is_conditional():
         ({"edges": [Edge("hidden", "layer_0", [])]}, ValueError, "consumers must name the layers that read 'layer_0'"),
         ({"edges": EDGES * 2}, ValueError, "a layer must be the producer of one edge, got 'layer_0' twice"),
         (
-            {"edges": [*EDGES, Edge("other", "layer_2", ["layer_1"])]},
-            ValueError,
-            "a layer must be the consumer of one edge, got 'layer_1' twice",
-        ),
-        (
             {"edges": [Edge("hidden", "layer_9", ["layer_1"])]},
             ValueError,
             "'hidden' must name layers .* found none at 'layer_9' among layer_0/bias, layer_0/kernel, layer_1/bias",
@@ -362,7 +357,7 @@ def test_the_work_is_conditional():
         (
             {"edges": [Edge("hidden", "layer_1", ["layer_0"])]},
             ValueError,
-            r"'layer_0' must read the 3 units of 'layer_1', or .* got weights of shape \(5, 6\), which read 5",
+            r"'layer_0' must read the 3 units of 'layer_1', got weights of shape \(5, 6\), which read 5; if it reads",
         ),
         (
             {"edges": [Edge("hidden", "layer_0", ["layer_1"], ["norm"])]},
@@ -393,5 +388,7 @@ def test_mistakes_in_updates_are_named():
     with pytest.raises(ValueError, match=r"stats\['hidden'\] must be of the 6 units of 'layer_0'; got shape \(3,\)"):
         tx.update(SMALL, state, SMALL, stats={"hidden": stats_with([], 3)})
     convolution = {"layer_0": conv_layer(0, 2, 3), "layer_1": conv_layer(1, 6, 3)}
-    with pytest.raises(ValueError, match="'layer_1' must read the 3 units of 'layer_0', or a dense layer a multiple"):
+    with pytest.raises(
+        ValueError, match=r"'layer_1' must read the 3 units of 'layer_0', got .* 6; if it reads them flattened"
+    ):
         tx.init(convolution)

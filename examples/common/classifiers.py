@@ -10,6 +10,7 @@ from jax import Array
 import jaxrelu
 from jaxrelu import nnx as modules
 from jaxrelu.initializers import kaiming_normal
+from jaxrelu.recycling import Edge
 
 
 class Activation(NamedTuple):
@@ -35,10 +36,10 @@ class MLP(nnx.Module):
     """Two hidden layers, for images of shape (n, height, width, 1).
 
     Attributes:
-        EDGES: the layers that are followed by an activation, in order, each with the layer that reads it.
+        EDGES: the layers that are followed by an activation, in order, each with the layer that reads it, for `recycle`.
     """
 
-    EDGES = (("hidden1", "hidden2"), ("hidden2", "output"))
+    EDGES = (Edge("hidden1", "hidden1", ["hidden2"]), Edge("hidden2", "hidden2", ["output"]))
 
     def __init__(self, size: tuple[int, int], classes: int, activation: Activation, rngs: nnx.Rngs) -> None:
         weights = kaiming_normal(activation.function)
@@ -59,10 +60,14 @@ class CNN(nnx.Module):
     """Two convolutions, pooling between them, and a hidden layer, for images of shape (n, height, width, 1).
 
     Attributes:
-        EDGES: the layers that are followed by an activation, in order, each with the layer that reads it.
+        EDGES: the layers that are followed by an activation, in order, each with the layer that reads it, for `recycle`.
     """
 
-    EDGES = (("convolution1", "convolution2"), ("convolution2", "hidden"), ("hidden", "output"))
+    EDGES = (
+        Edge("convolution1", "convolution1", ["convolution2"]),
+        Edge("convolution2", "convolution2", ["hidden"], inputs="flattened"),
+        Edge("hidden", "hidden", ["output"]),
+    )
 
     def __init__(self, size: tuple[int, int], classes: int, activation: Activation, rngs: nnx.Rngs) -> None:
         weights = kaiming_normal(activation.function)

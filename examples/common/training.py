@@ -23,7 +23,7 @@ def batches(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
 def observed(model: nnx.Module, images: Array) -> tuple[Array, dict[str, UnitStats]]:
     """Returns the logits, and the statistics of each layer with an activation, under the layer's name."""
     logits, stats = observe(model)(images)
-    return logits, {producer: found for (producer, _), found in zip(model.EDGES, stats.values(), strict=True)}
+    return logits, {edge.stats: found for edge, found in zip(model.EDGES, stats.values(), strict=True)}
 
 
 @functools.partial(nnx.jit, static_argnames="recycling")

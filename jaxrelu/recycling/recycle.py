@@ -1,4 +1,4 @@
-"""A cure for dead units, as an Optax transformation: `recycle` gives them fresh weights while the network trains."""
+"""`recycle`: an Optax transformation around another one, that gives dormant units fresh weights."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,48 +13,30 @@ from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
 from jaxrelu import _checked as checked
 from jaxrelu.diagnostics import UnitStats, merge, unit_stats
+from jaxrelu.recycling.edges import Edge, Layer, Parameters, check, named, replicated, sharded_as
 
-__all__ = ["Edge", "RecycleState", "recycle"]
+__all__ = ["RecycleState", "fresh_batch_stats", "recycle"]
 
 # the names of those fields in Optax's states that hold an array for each parameter, in its shape
 _FIRST_MOMENTS = ("mu", "trace", "ema", "acc_grads")
 _SECOND_MOMENTS = ("nu", "nu_max", "sum_of_squares")
 _PARAMETERS = ("z",)  # the copy of the parameters that schedule_free keeps
-# the names of weights and biases in Flax, then in Haiku, then their places in a pair
-_WEIGHTS = ("kernel", "w", "W", "0")
-_BIASES = ("bias", "b", "1")
-# normalisations that mix units, so that recycling one unit would change the others
-_MIXING = ("layernorm", "rmsnorm", "groupnorm", "instancenorm")
-
-
-class Edge(NamedTuple):
-    """The units of one layer: the name of their statistics, the layer that produces them, and all layers that read them.
-
-    A layer is named by its path: the keys and attributes that lead to it from the parameters, joined by "/", as in
-    "encoder/layer_0" or "layers/0". The leading "params" of Flax linen is left out. The path ends at what holds the layer's
-    weights and bias (`kernel` and `bias` in Flax, `w` and `b` in Haiku, or a pair of both), or at the weights themselves.
-    The axes of weights are (..., inputs, units); weights with the units first, as in Equinox, are not supported.
-
-    Attributes:
-        stats: the name of the units' statistics in the `stats` of an update.
-        producer: the path of the layer whose outputs are the units. Its bias is optional. A PReLU's slope is never changed.
-        consumers: the paths of all layers that read the units. They must read these units alone, not a concatenation or a
-            sum with others. A dense layer may read the flattened outputs of a convolution with channels last.
-        between: the paths of the BatchNorms between the producer and the activation.
-    """
-
-    stats: str
-    producer: str
-    consumers: Sequence[str]
-    between: Sequence[str] = ()
+# the names of a BatchNorm's running statistics in Flax, then in Haiku
+_MEANS = ("mean", "~/mean_ema/average", "~/mean_ema/hidden")
+_VARIANCES = ("var", "~/var_ema/average", "~/var_ema/hidden")
 
 
 class RecycleState(NamedTuple):
-    """The state of `recycle`; `recycled` holds the number of units recycled so far, one number per edge."""
+    """The state of `recycle`.
+
+    `recycled` holds the number of units recycled so far, one number per edge; `fresh` one boolean array per edge, True for
+    the units that the last update recycled.
+    """
 
     step: Array  # updates since the last recycling
     recyclings: Array  # recyclings so far
     recycled: Array
+    fresh: tuple[Array, ...]
     stats: tuple[UnitStats, ...]  # merged since the last recycling, one entry per edge
     inner_state: Any  # the state of the wrapped transformation
 
@@ -83,8 +65,12 @@ def recycle(
     `update(grads, state, params, *, stats=...)` takes the `UnitStats` of each edge by name, as `diagnostics.observe` returns
     them, already reduced over devices; or None after a step that was not observed. Adding its updates by
     `optax.apply_updates` sets the recycled entries, outgoing weights and biases to exactly 0, so no later transformation may
-    change them. All other updates are those of `inner`. It works under `jax.jit` and `jax.lax.scan`; a step without
-    recycling costs only the merging of statistics. The state is a `RecycleState`.
+    change them. All other updates are those of `inner`. It works under `jax.jit` and `jax.lax.scan`, with parameters in any
+    sharding; a step without recycling costs only the merging of statistics. The state is a `RecycleState`.
+
+    The running statistics of a BatchNorm between are no parameters: reset those of the recycled units by
+    `fresh_batch_stats(batch_stats, edges, state.fresh)` after each update. In evaluation, those of a dead unit would shift
+    and scale a fresh one to nonsense.
 
     Args:
         inner: an optimizer that keeps its moments as sgd, adam, adagrad, rmsprop, lion and their relatives do, also chained,
@@ -104,7 +90,9 @@ def recycle(
         TypeError: an argument is of the wrong type; or, when the returned transformation's `init` is called, `inner` keeps
             a state that this function does not know how to reset, as adafactor and lbfgs do.
         ValueError: an argument is out of range, `between` names a normalisation that mixes units (LayerNorm, RMSNorm,
-            GroupNorm, InstanceNorm), a path leads to no layer, shapes do not fit, or `stats` lacks an edge.
+            GroupNorm, InstanceNorm), a path leads to no layer, shapes do not fit, or `stats` lacks an edge; or an edge is
+            ambiguous: a bias that is not found beside the weights, square weights of a layout that is not known, a consumer
+            that reads more than the units, or an array that stands in two places.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -126,119 +114,94 @@ def recycle(
 
     def init_fn(params: Any) -> Any:
         inner_state = inner.init(params)
-        parameters = _Parameters(params)
+        parameters = Parameters(params)
         list(_moments(inner_state, parameters))  # refuses an unknown state before training
-        count, stats = jnp.zeros((), jnp.int32), _empty([parameters.layer(edge) for edge in edges])
-        return RecycleState(count, count, jnp.zeros(len(edges), jnp.int32), stats, inner_state)
+        layers, count = parameters.layers(edges), jnp.zeros((), jnp.int32)
+        return RecycleState(count, count, jnp.zeros(len(edges), jnp.int32), _none(layers), _empty(layers), inner_state)
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, *, stats: Mapping[str, UnitStats] | None = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("recycle: update must have params, as recycled entries are set, not stepped; got None")
-        parameters = _Parameters(params)
-        layers = [parameters.layer(edge) for edge in edges]
+        parameters = Parameters(params)
+        layers = parameters.layers(edges)
         updates, inner_state = transformation.update(updates, state.inner_state, params, **extra_args)
         seen = state.stats if stats is None else tuple(map(merge, state.stats, _select(stats, edges, layers)))
         updates = jax.tree.map(_widen, updates, params)
 
         def recycling() -> tuple[Any, RecycleState]:
-            dormant = [edge_stats.dormancy <= threshold for edge_stats in seen]  # False at NaN
+            dormant = [replicated(edge_stats.dormancy) <= threshold for edge_stats in seen]  # False at NaN
             fresh = parameters.fresh(layers, dormant, jax.random.fold_in(key, state.recyclings), init)
             flat, treedef = jax.tree.flatten(updates)
             for index, (mask, value) in fresh.items():
                 flat[index] = jnp.where(mask, (value - parameters.arrays[index]).astype(flat[index].dtype), flat[index])
             recycled = state.recycled + jnp.stack([mask.sum(dtype=jnp.int32) for mask in dormant])
             reset, step = _reset(inner_state, parameters, fresh, moments), jnp.zeros_like(state.step)
-            return treedef.unflatten(flat), RecycleState(step, state.recyclings + 1, recycled, _empty(layers), reset)
+            return treedef.unflatten(flat), RecycleState(
+                step, state.recyclings + 1, recycled, tuple(dormant), _empty(layers), reset
+            )
 
         def stepping() -> tuple[Any, RecycleState]:
-            return updates, RecycleState(state.step + 1, state.recyclings, state.recycled, seen, inner_state)
+            return updates, RecycleState(state.step + 1, state.recyclings, state.recycled, _none(layers), seen, inner_state)
 
         return jax.lax.cond(state.step + 1 >= every, recycling, stepping)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class _Layer(NamedTuple):
-    """The number of units of an edge, and the places of its arrays in the list of parameters."""
+def fresh_batch_stats(batch_stats: Any, edges: Sequence[Edge], recycled: Sequence[Array]) -> Any:
+    """Returns the running statistics of BatchNorms with those of recycled units reset: mean 0 and variance 1.
 
-    units: int
-    weights: int
-    zeros: list[int]  # the biases
-    ones: list[int]  # the scales
-    outgoing: list[int]
+    In evaluation a BatchNorm uses them in place of the batch's. Those of a dead unit would scale a fresh one's
+    pre-activations to nonsense, until enough steps have passed.
 
+    Args:
+        batch_stats: the statistics, as the collection "batch_stats" of Flax linen, `nnx.state(model, nnx.BatchStat)`, or the
+            state of a Haiku network. Their paths are those of the BatchNorms in `Edge.between`.
+        edges: the edges that `recycle` was given.
+        recycled: the units recycled, a boolean array for each edge: `RecycleState.fresh` after an update.
 
-class _Parameters:
-    """Parameters as a flat list, found by path."""
+    Raises:
+        ValueError: `recycled` does not fit the edges, or a BatchNorm has no statistics in `batch_stats`.
 
-    def __init__(self, params: Any) -> None:
-        leaves, _ = tree_flatten_with_path(params)
-        self.arrays: list[Array] = [leaf for _, leaf in leaves]
-        self.index: dict[tuple[Any, ...], int] = {path: index for index, (path, _) in enumerate(leaves)}
-        # Flax may keep an array in a box, which adds "value" to the path
-        names = [keystr(path, simple=True, separator="/").removesuffix("/value") for path, _ in leaves]
-        self.names = {name.removeprefix("params/"): index for index, name in enumerate(names)}
-
-    def layer(self, edge: Edge) -> _Layer:
-        """Returns where the arrays of an edge are; raises ValueError if one is missing or has another shape."""
-        weights = self._weights(edge, edge.producer)
-        units = self.arrays[weights].shape[-1]
-        zeros, ones = self._find(edge.producer, _BIASES), list[int]()
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from jaxrelu.recycling import Edge, fresh_batch_stats
+        >>> edges = [Edge("relu", "dense", ["out"], between=["norm"])]
+        >>> batch_stats = {"norm": {"mean": jnp.array([3.0, -9.0]), "var": jnp.array([2.0, 0.1])}}
+        >>> fresh_batch_stats(batch_stats, edges, [jnp.array([False, True])])["norm"]["var"]
+        Array([2., 1.], dtype=float32)
+    """
+    if len(recycled) != len(edges):
+        raise ValueError(
+            f"fresh_batch_stats: recycled must have one boolean array for each of the {len(edges)} edges, got "
+            f"{len(recycled)}; pass the field fresh of RecycleState"
+        )
+    leaves, treedef = jax.tree.flatten(batch_stats)
+    names = named(batch_stats)
+    for edge, mask in zip(edges, recycled, strict=True):
         for path in edge.between:
-            scale, bias = self._find(path, ("scale",)), self._find(path, ("bias", "offset"))
-            if not scale + bias:
-                raise ValueError(f"recycle: between must name a BatchNorm with a scale or a bias, got {path!r}")
-            zeros, ones = zeros + bias, ones + scale
-        for index in zeros + ones:
-            if self.arrays[index].shape != (units,):
+            values = {f"{path}/{name}": 0.0 for name in _MEANS} | {f"{path}/{name}": 1.0 for name in _VARIANCES}
+            found = {name: value for name, value in values.items() if name in names}
+            if not found:
                 raise ValueError(
-                    f"recycle: biases and scales of the {units} units of {edge.producer!r} must have shape ({units},), "
-                    f"got {self.arrays[index].shape}"
+                    f"fresh_batch_stats: batch_stats must have mean and var of {path!r}, got "
+                    f"{', '.join(names) or 'nothing'}; pass the collection of the running statistics"
                 )
-        outgoing = [self._weights(edge, path) for path in edge.consumers]
-        for path, index in zip(edge.consumers, outgoing, strict=True):
-            read = self.arrays[index].shape
-            if read[-2] != units and (read[-2] % units or len(read) != 2):
-                raise ValueError(
-                    f"recycle: the consumer {path!r} must read the {units} units of {edge.producer!r}, or a dense layer a "
-                    f"multiple of them, flattened; got weights of shape {read}, which read {read[-2]}"
-                )
-        return _Layer(units, weights, zeros, ones, outgoing)
+            for name, value in found.items():
+                place, leaf = names[name]
+                if leaf.size != mask.size:
+                    raise ValueError(
+                        f"fresh_batch_stats: {name!r} must be of the {mask.size} units of {edge.producer!r}, got shape "
+                        f"{leaf.shape}"
+                    )
+                leaves[place] = jnp.where(sharded_as(mask.reshape(leaf.shape), leaf), jnp.asarray(value, leaf.dtype), leaf)
+    return treedef.unflatten(leaves)
 
-    def fresh(
-        self, layers: Sequence[_Layer], dormant: Sequence[Array], key: Array, init: Initializer
-    ) -> dict[int, tuple[Array, Array]]:
-        """Returns, by the place of each array that recycling changes, a mask of the recycled entries and their values."""
-        fresh: dict[int, tuple[Array, Array]] = {}
-        for layer, mask in zip(layers, dormant, strict=True):
-            for index in layer.outgoing:
-                array = self.arrays[index]
-                rows = jnp.tile(mask, array.shape[-2] // layer.units)[:, None]  # flattened with channels last
-                fresh[index] = jnp.broadcast_to(rows, array.shape), jnp.zeros_like(array)
-            fresh |= {index: (mask, jnp.zeros_like(self.arrays[index])) for index in layer.zeros}
-            fresh |= {index: (mask, jnp.ones_like(self.arrays[index])) for index in layer.ones}
-        for layer, mask, own in zip(layers, dormant, jax.random.split(key, len(layers)), strict=True):
-            array = self.arrays[layer.weights]
-            columns, drawn = jnp.broadcast_to(mask, array.shape), init(own, array.shape, array.dtype)
-            before, value = fresh.get(layer.weights, (jnp.zeros_like(columns), drawn))
-            # a weight that is outgoing too is drawn, not 0: a layer behind a dead one would otherwise stay dead
-            fresh[layer.weights] = before | columns, jnp.where(columns, drawn, value)
-        return fresh
 
-    def _find(self, path: str, names: Sequence[str]) -> list[int]:
-        """Returns the place of the first array of these names that the layer has, in a list; an empty one if it has none."""
-        return [self.names[f"{path}/{name}"] for name in names if f"{path}/{name}" in self.names][:1]
-
-    def _weights(self, edge: Edge, path: str) -> int:
-        found = [self.names[path]] if path in self.names else self._find(path, _WEIGHTS)
-        if not found or self.arrays[found[0]].ndim < 2:
-            raise ValueError(
-                f"recycle: the edge of {edge.stats!r} must name layers with weights (..., inputs, units) called "
-                f"{', '.join(_WEIGHTS[:3])}; found none at {path!r} among {', '.join(self.names)}"
-            )
-        return found[0]
+def _none(layers: Sequence[Layer]) -> tuple[Array, ...]:
+    return tuple(jnp.zeros(layer.units, bool) for layer in layers)
 
 
 def _widen(update: Array, parameter: Array) -> Array:
@@ -247,7 +210,7 @@ def _widen(update: Array, parameter: Array) -> Array:
         return update.astype(jnp.promote_types(update.dtype, parameter.dtype))
 
 
-def _moments(state: Any, parameters: _Parameters) -> Iterator[tuple[str, int] | None]:
+def _moments(state: Any, parameters: Parameters) -> Iterator[tuple[str, int] | None]:
     """Yields, for each leaf of an optimizer's state, its field's name and its parameter's place; None if it has none."""
     for path, leaf in tree_flatten_with_path(state)[0]:
         if jnp.ndim(leaf) == 0 or not jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -271,7 +234,7 @@ def _moments(state: Any, parameters: _Parameters) -> Iterator[tuple[str, int] | 
             )
 
 
-def _reset(state: Any, parameters: _Parameters, fresh: Mapping[int, tuple[Array, Array]], moments: str) -> Any:
+def _reset(state: Any, parameters: Parameters, fresh: Mapping[int, tuple[Array, Array]], moments: str) -> Any:
     """Returns the optimizer's state with the moments of the recycled entries reset."""
     leaves, treedef = jax.tree.flatten(state)
     for place, match in enumerate(_moments(state, parameters)):
@@ -289,13 +252,13 @@ def _reset(state: Any, parameters: _Parameters, fresh: Mapping[int, tuple[Array,
     return treedef.unflatten(leaves)
 
 
-def _empty(layers: Sequence[_Layer]) -> tuple[UnitStats, ...]:
+def _empty(layers: Sequence[Layer]) -> tuple[UnitStats, ...]:
     """Returns statistics that have seen no example; they are constants under jit."""
     with jax.ensure_compile_time_eval():
         return tuple(unit_stats(jnp.zeros((0, layer.units), jnp.float32)) for layer in layers)
 
 
-def _select(stats: Mapping[str, UnitStats], edges: Sequence[Edge], layers: Sequence[_Layer]) -> list[UnitStats]:
+def _select(stats: Mapping[str, UnitStats], edges: Sequence[Edge], layers: Sequence[Layer]) -> list[UnitStats]:
     for edge, layer in zip(edges, layers, strict=True):
         if edge.stats not in stats:
             raise ValueError(f"recycle: stats must have the key {edge.stats!r} of an edge; got {', '.join(stats)}")
@@ -313,9 +276,7 @@ def _select(stats: Mapping[str, UnitStats], edges: Sequence[Edge], layers: Seque
 def _check(inner: Any, edges: Sequence[Edge], every: int, threshold: float, key: Array, init: Any, moments: str) -> None:
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(f"recycle: inner must be an Optax transformation, as optax.adam(1e-3), got {inner!r}")
-    several = isinstance(edges, (list, tuple)) and not isinstance(edges, Edge)  # no generator: all() would use it up
-    if not several or not edges or not all(isinstance(edge, Edge) for edge in edges):
-        raise TypeError(f"recycle: edges must be a list of one recycling.Edge or more, got {edges!r}")
+    check(edges)
     if not checked.is_int(every):
         raise TypeError(f"recycle: every must be an int, got {every!r}")
     if every < 1:
@@ -331,19 +292,3 @@ def _check(inner: Any, edges: Sequence[Edge], every: int, threshold: float, key:
         raise TypeError(f"recycle: init must be an initializer, as jaxrelu.initializers.kaiming_normal(), got {init!r}")
     if moments not in ("zero", "mean"):
         raise ValueError(f'recycle: moments must be "zero" or "mean", got {moments!r}')
-    for edge in edges:
-        for name, paths in (("consumers", edge.consumers), ("between", edge.between)):
-            if not isinstance(paths, (list, tuple)):
-                raise TypeError(f"recycle: {name} must be a list of paths, got {paths!r}; put a single one in brackets")
-        if not edge.consumers:
-            raise ValueError(f"recycle: consumers must name the layers that read {edge.producer!r}, got none")
-        for path in edge.between:
-            if any(name in path.lower().replace("_", "") for name in _MIXING):
-                raise ValueError(
-                    f"recycle: between must name BatchNorms, got {path!r}: it mixes units, so that the others would change "
-                    f"with a recycled one; put the normalisation before {edge.producer!r}, or leave this edge out"
-                )
-    producers, consumers = [edge.producer for edge in edges], [path for edge in edges for path in edge.consumers]
-    for name, paths in (("producer", producers), ("consumer", consumers)):
-        if twice := sorted({path for path in paths if paths.count(path) > 1}):
-            raise ValueError(f"recycle: a layer must be the {name} of one edge, got {twice[0]!r} twice")
