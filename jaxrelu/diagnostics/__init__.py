@@ -3,9 +3,10 @@
 `observe` takes the statistics of a model without an edit to it; `unit_stats` takes those of an array.
 """
 
+from jaxrelu.diagnostics.measurement import unit_stats
 from jaxrelu.diagnostics.observe import Stats, observe
 from jaxrelu.diagnostics.reports import check_init, gradient_flow, summary, to_scalars
-from jaxrelu.diagnostics.stats import UnitStats, all_reduce, merge, unit_stats
+from jaxrelu.diagnostics.stats import UnitStats, all_reduce, merge
 
 __all__ = [
     "Stats",

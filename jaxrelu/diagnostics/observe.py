@@ -21,7 +21,8 @@ from jaxrelu import _checked as checked
 from jaxrelu._lowering import observed as being_observed
 from jaxrelu._programs import marks
 from jaxrelu._programs.interpreter import Found, Step, Visitor, bind, called, interpreted, names_in, opened, origin
-from jaxrelu.diagnostics.stats import STATISTICS, UnitStats, all_reduce, nothing_seen, statistics
+from jaxrelu.diagnostics.measurement import STATISTICS, statistics
+from jaxrelu.diagnostics.stats import UnitStats, all_reduce, nothing_seen
 
 __all__ = ["Stats", "observe"]
 
