@@ -125,7 +125,7 @@ def test_a_moment_that_is_infinite_is_refused(name, function, activation):
         function(activation)
 
 
-@pytest.mark.parametrize("activation", [np.arctan, np.tanh, math.tanh, lambda z: z if z > 0 else 0.0, float], ids=str)
+@pytest.mark.parametrize("activation", [np.arctan, np.tanh, math.tanh, lambda z: z if z > 0 else 0.0, float])
 @pytest.mark.parametrize("function", [gain, kaiming_normal, kaiming_uniform])
 def test_what_is_no_function_of_jax_is_refused(function, activation):
     for _ in range(2):
