@@ -1,3 +1,4 @@
+import concurrent.futures
 import json
 import os
 import re
@@ -519,6 +520,9 @@ def test_peak_of_a_run(tmp_path, monkeypatch, capfd):
         return capfd.readouterr().out
 
     monkeypatch.setattr(children, "run", in_this_process)
+    # one at a time, as here they share a process, and so its peak
+    one_thread = concurrent.futures.ThreadPoolExecutor(1)
+    monkeypatch.setattr(concurrent.futures, "ThreadPoolExecutor", lambda _: one_thread)
     path = tmp_path / "lines.jsonl"
     options = ["--what=peak", "--networks=mlp", "--activations=relu", "--batch=4096", "--width=512", "--layers=2"]
     assert cli.main(["--platform=cpu", *options, f"--json={path}"]) == 0
