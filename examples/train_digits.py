@@ -3,11 +3,12 @@
     python examples/train_digits.py --activation elu --model cnn
 
 writes to runs/digits: metrics.csv (one row per epoch), curves.png, units.png (by layer, the share of dead units and the
-firing rate) and model, an Orbax checkpoint of the parameters of the epoch with the best validation accuracy. With these
-parameters the test images are classified, once.
+firing rate) and model, an Orbax checkpoint of the epoch with the best validation accuracy: the parameters, and the running
+statistics of batch norm. With these the test images are classified, once.
 
 A unit is dead if no image activates it; the firing rate is the share of images and positions that activate a unit. Both are
-taken on the validation images. --recycle restarts dead units while training, by what it sees in the training batches.
+taken on the validation images. --recycle restarts dead units while training, by what it sees in the training batches. With
+--model cnn_norm, the cnn with batch norm, it resets their running statistics too.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def build_parser() -> options.Parser:
     )
     add = parser.option
     add("--activation", "activation of every hidden layer", choices=ACTIVATIONS, default="relu")
-    add("--model", "network", choices=MODELS, default="cnn")
+    add("--model", "network; cnn_norm is the cnn with batch norm behind each convolution", choices=MODELS, default="cnn")
     add("--epochs", "passes over the training images", type=options.positive_int, default=60)
     parser.add_argument(
         "--batch-size",
@@ -101,6 +102,7 @@ def score(model: nnx.Module, images: Array, labels: Array) -> tuple[Array, Array
 
 def evaluate(model: nnx.Module, part: Part) -> tuple[float, float, dict[str, float]]:
     """Returns the mean loss, the accuracy, and the share of dead units and the firing rate of each layer."""
+    model.eval()  # batch norm takes the running statistics
     n = len(part.labels)
     scores = [score(model, part.images[i : i + CHUNK], part.labels[i : i + CHUNK]) for i in range(0, n, CHUNK)]
     loss, correct = np.sum(jax.device_get([sums for *sums, _ in scores]), axis=0, dtype=np.float64) / n
@@ -125,6 +127,7 @@ def train(model: nnx.Module, data: Digits, args: argparse.Namespace) -> Run:
     try:
         with options.progress(range(1, args.epochs + 1), unit="epoch") as progress:
             for number in progress:
+                model.train()
                 seen = [
                     training.train_step(model, optimizer, key, data.train.images[i], data.train.labels[i], args.recycle > 0)
                     for i in training.batches(order, count, args.batch_size)
@@ -139,10 +142,10 @@ def train(model: nnx.Module, data: Digits, args: argparse.Namespace) -> Run:
                 epoch = Epoch(number, float(loss), validation_loss, accuracy, rate, float(norm), units)
                 # the best accuracy wins; among equal accuracies the lowest loss, and among equal losses the first epoch
                 if run is None or _merit(epoch) > _merit(run.best):
-                    best, parameters = epoch, nnx.to_pure_dict(nnx.state(model, nnx.Param))
+                    best, state = epoch, nnx.to_pure_dict(nnx.state(model, (nnx.Param, nnx.BatchStat)))
                 recycled = int(optimizer.opt_state.recycled[...].sum()) if args.recycle else 0
                 # in one assignment, so that a signal leaves an epoch whole
-                run = Run([*(run.epochs if run else []), epoch], best, parameters, recycled, None)
+                run = Run([*(run.epochs if run else []), epoch], best, state, recycled, None)
                 # in 80 columns no more has room; the other figures are in metrics.csv
                 progress.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.1%}")
                 if args.patience and number - best.epoch >= args.patience:
@@ -154,13 +157,13 @@ def train(model: nnx.Module, data: Digits, args: argparse.Namespace) -> Run:
     return run
 
 
-def print_summary(args: argparse.Namespace, run: Run, accuracy: float, seconds: float) -> None:
+def print_summary(args: argparse.Namespace, model: nnx.Module, run: Run, accuracy: float, seconds: float) -> None:
     """Prints a table, and the test accuracy as the last line."""
     table = Table("training run", "")
     for name, value in {
         "activation": args.activation,
         "model": args.model,
-        "parameters": f"{sum(p.size for p in jax.tree.leaves(run.parameters)):,}",
+        "parameters": f"{sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))):,}",
         "epochs run": len(run.epochs),
         "best epoch": run.best.epoch,
         "validation accuracy": f"{100 * run.best.validation_accuracy:.2f} %",
@@ -202,9 +205,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs.write(directory, run, f"{args.activation} {args.model}")
         if run.interrupt:
             raise run.interrupt
-        nnx.update(model, run.parameters)
+        nnx.update(model, run.state)
         _, accuracy, _ = evaluate(model, data.test)
-        print_summary(args, run, accuracy, time.perf_counter() - start)
+        print_summary(args, model, run, accuracy, time.perf_counter() - start)
         # the accuracy of naming the same class for every image
         floor = float(np.mean(data.test.labels == np.bincount(data.train.labels).argmax()))
         if accuracy <= floor:

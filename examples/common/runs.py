@@ -34,13 +34,13 @@ class Epoch(NamedTuple):
 
 
 class Run(NamedTuple):
-    """The epochs trained, the best of them with its parameters, the units recycled, and the signal that ended it, if any."""
+    """The epochs trained, the best of them and the model's state in it, the units recycled, and the signal that ended it."""
 
     epochs: list[Epoch]
     best: Epoch
-    parameters: dict[str, Any]
+    state: dict[str, Any]  # parameters and running statistics
     recycled: int
-    interrupt: KeyboardInterrupt | None
+    interrupt: KeyboardInterrupt | None  # None if no signal came
 
 
 def by_layer(epoch: Epoch, key: str) -> str:
@@ -104,15 +104,15 @@ def write_units(path: Path, run: Run, title: str) -> None:
     figure.savefig(path)
 
 
-def write_parameters(path: Path, run: Run) -> None:
-    """Saves the parameters of the best epoch with Orbax."""
+def write_model(path: Path, run: Run) -> None:
+    """Saves the model's state in the best epoch with Orbax."""
     # Orbax writes from many threads, and on a full disk each prints a traceback. So the room is tried first, with random
     # bytes, which no file system compresses; 256 KiB are more than the small files around the arrays take
     room = path.with_name("room")
-    room.write_bytes(os.urandom(sum(array.nbytes for array in jax.tree.leaves(run.parameters)) + 2**18))
+    room.write_bytes(os.urandom(sum(array.nbytes for array in jax.tree.leaves(run.state)) + 2**18))
     room.unlink()
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), run.parameters)
+        checkpointer.save(path.absolute(), run.state)
 
 
 def write(directory: Outputs, run: Run, title: str) -> None:
@@ -122,4 +122,4 @@ def write(directory: Outputs, run: Run, title: str) -> None:
         write_metrics(scratch / "metrics.csv", run)
         write_curves(scratch / "curves.png", run, title)
         write_units(scratch / "units.png", run, title)
-        write_parameters(scratch / "model", run)
+        write_model(scratch / "model", run)

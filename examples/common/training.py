@@ -10,6 +10,7 @@ from jax import Array
 
 from common import digits
 from jaxrelu.diagnostics import UnitStats, observe
+from jaxrelu.recycling import fresh_batch_stats
 
 
 def batches(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
@@ -21,8 +22,18 @@ def batches(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
 
 
 def observed(model: nnx.Module, images: Array) -> tuple[Array, dict[str, UnitStats]]:
-    """Returns the logits, and the statistics of each layer with an activation, under the layer's name."""
-    logits, stats = observe(model)(images)
+    """Returns the logits, and the statistics of each layer with an activation, under the layer's name.
+
+    In training it updates the running statistics of a BatchNorm, as a call of the model does.
+    """
+
+    # observe takes no model that changes its own state, as a BatchNorm does in training; so that state is returned
+    def call(graph: nnx.GraphDef, state: nnx.State, images: Array) -> tuple[Array, nnx.State]:
+        model = nnx.merge(graph, state)
+        return model(images), nnx.state(model, nnx.BatchStat)
+
+    (logits, batch_stats), stats = observe(call)(*nnx.split(model), images)
+    nnx.update(model, batch_stats)
     return logits, {edge.stats: found for edge, found in zip(model.EDGES, stats.values(), strict=True)}
 
 
@@ -39,4 +50,8 @@ def train_step(
 
     (value, stats), gradients = nnx.value_and_grad(loss, has_aux=True)(model)
     optimizer.update(model, gradients, **({"stats": stats} if recycling else {}))
+    if recycling:
+        # in evaluation a recycled unit would otherwise be scaled by the statistics of the dead one
+        recycled = [mask[...] for mask in optimizer.opt_state.fresh]
+        nnx.update(model, fresh_batch_stats(nnx.state(model, nnx.BatchStat), model.EDGES, recycled))
     return value, optax.tree.norm(gradients)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import train_digits
-from common import digits, runs, training
+from common import classifiers, digits, runs, training
 from common.classifiers import ACTIVATIONS, MODELS
 from scripts import arrays, check_picture, check_width, error_of, rows
 
@@ -64,11 +64,15 @@ def check_run(out, model, lines):
     return found
 
 
+def saved(out):
+    """Returns a run's checkpoint."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(out / "model")
+
+
 def slopes_of(out):
     """Returns the learned slopes in a run's checkpoint."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        parameters = checkpointer.restore(out / "model")
-    found = jax.tree.leaves_with_path(parameters)
+    found = jax.tree.leaves_with_path(saved(out))
     assert found
     return [value for path, value in found if "negative_slope" in jax.tree_util.keystr(path)]
 
@@ -105,11 +109,54 @@ def test_short_runs(tmp_path, capsys, monkeypatch):
     assert metrics(b)[0] != metrics(a)[0]
 
 
+def test_batch_norm(tmp_path, capsys, monkeypatch):
+    leave_pictures_blank(monkeypatch)
+
+    def built(*args):
+        model = classifiers.NormedCNN(*args)
+        # a unit that no batch activates, and whose running mean of thousands would keep a fresh one from firing
+        model.convolution1.kernel[...] = model.convolution1.kernel[...].at[..., 3].set(1000.0)
+        model.norm1.bias[...] = model.norm1.bias[...].at[3].set(-100.0)
+        return model
+
+    monkeypatch.setitem(MODELS, "cnn_norm", built)
+    options = ["--model", "cnn_norm", "--epochs", "1"]
+    run(tmp_path, *options)
+    assert metrics(tmp_path)[0]["convolution1/dead"] == "0.03125"  # one of 32
+    assert saved(tmp_path)["norm1"]["mean"][3] > 100
+    assert "151,402" in capsys.readouterr().out  # running statistics are no parameters
+
+    run(tmp_path, *options, "--recycle", "19")  # in the last step of the epoch
+    assert metrics(tmp_path)[0]["convolution1/dead"] == "0"
+    norm = saved(tmp_path)["norm1"]
+    assert np.flatnonzero(norm["mean"] == 0).tolist() == np.flatnonzero(norm["var"] == 1).tolist() == [3]
+    assert float(capsys.readouterr().out.split()[-2]) > 50
+
+
+def test_the_best_epoch_has_its_running_statistics(tmp_path, scripted, monkeypatch):
+    means, merits = [], iter([0.9, 0.5, 0.9])
+
+    def train_step(model, *args):
+        model.norm1.mean[...] += 1
+        return 1.0, 1.0
+
+    def evaluate(model, part):
+        means.append(float(model.norm1.mean[0]))
+        return scored(0.5, next(merits))()
+
+    scripted([], [])
+    monkeypatch.setattr(training, "train_step", train_step)
+    monkeypatch.setattr(train_digits, "evaluate", evaluate)
+    run(tmp_path, "--model", "cnn_norm", "--epochs", "2")
+    assert means == [19, 38, 19]  # of the first epoch, the second and the test
+    assert (saved(tmp_path)["norm1"]["mean"] == 19).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_short_run(activation, tmp_path, capsys):
     # prelu has one slope per channel, so that it depends on the layer before it; the others do not
-    model = "cnn" if activation in ("relu", "prelu") else "mlp"
+    model = {"relu": "cnn", "prelu": "cnn", "relu6": "cnn_norm"}.get(activation, "mlp")
     run(tmp_path, "--activation", activation, "--model", model, "--epochs", "2")
     found = check_run(tmp_path, model, capsys.readouterr().out.rstrip().splitlines())
     assert [row["learning_rate"] for row in found] == ["0.005", "0.0025"]  # half a cosine
