@@ -19,7 +19,9 @@ class Number(float):
     """
 
     def __eq__(self, other: object) -> bool:
-        return float.hex(self) == float.hex(other) if isinstance(other, float) else super().__eq__(other)
+        if isinstance(other, float):
+            return float.hex(self) == float.hex(other)
+        return float.hex(self) != float.hex(-0.0) and super().__eq__(other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other

@@ -14,9 +14,15 @@ from jaxrelu import functions
 __all__ = ["apply", "initializer", "parameter_shape", "static"]
 
 
-def static(module: str, argument: str, x: float) -> float:
-    """Returns a slope or alpha by which Flax's own caches, which compare modules by `==`, tell 0.0 from -0.0."""
-    return checked.number(module, argument, x) if checked.is_number(x) else x
+def static(module: object, argument: str, x: Any) -> Any:
+    """Returns an attribute of a module. Numbers are such that Flax's caches, which compare modules, tell 0.0 from -0.0.
+
+    A bool is refused here, as it equals a number for which a module may be compiled already.
+    """
+    name = type(module).__name__
+    if not isinstance(x, (bool, int, float)) or argument not in ("kink", "negative_slope", "alpha"):
+        return x
+    return checked.kink(name, x) if argument == "kink" else checked.number(name, argument, checked.real(name, argument, x))
 
 
 def parameter_shape(num_parameters: object, **dtypes: DTypeLike | None) -> tuple[int, ...]:

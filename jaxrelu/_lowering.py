@@ -28,8 +28,9 @@ _donation: contextvars.ContextVar[tuple[str, Any]] = contextvars.ContextVar("don
 def portable() -> contextlib.AbstractContextManager[None]:
     """Returns a context in which the functions are traced as plain formulas: for Pallas kernels, and for exporters to ONNX.
 
-    Values and derivatives are the same, but nothing in the program is there for the sake of memory or speed: no choice by
-    platform, no barrier, no call that JAX compiles by itself and remembers. What `jax.jit` compiled outside is traced anew.
+    Values and derivatives are the same, but the program has no choice by platform, no barrier, and no call that JAX compiles
+    by itself and remembers; these are there for memory and speed. What `jax.jit` compiled outside is traced anew.
+    Activations under `observe`, and those in place, stay as they are.
 
     Examples:
         >>> import jax, jaxrelu
@@ -151,7 +152,7 @@ def readable(x: Array, plain: Array, opaque: Array, on_gpu: tuple[Array, Array])
 
 
 def outputs(core: Callable[..., tuple[Array, Array]], x: Array, *static: float) -> tuple[Array, Array]:
-    """Returns a core's value, and what its rule reads: in `portable` x itself, as a kernel may not call the core again."""
+    """Returns a core's value, and what its rule reads: in `portable` x itself, so that a derivative needs no value."""
     y, read = core(x, *static)
     return y, x if _portable.value else read
 

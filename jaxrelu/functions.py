@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
@@ -108,14 +109,14 @@ def leaky_relu(x: ArrayLike, negative_slope: ArrayLike = 0.01, *, kink: float = 
     return _leaky_relu_array_jit(x, slope, None, kink)
 
 
-def _leaky_relu_value(x: Array, slope: float, kink: float) -> Array:
+def _leaky_relu_formula(x: Array, slope: float, kink: float = 0.0) -> Array:
     wide = widen(x)
     return cast(jnp.where(wide > 0, wide, _at_kink(x, kink, slope) * wide), x)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _leaky_relu(x: Array, slope: float, kink: float) -> tuple[Array, Array]:
-    y = _leaky_relu_value(x, slope, kink)
+    y = _leaky_relu_formula(x, slope)
     # the rule may read y in place of x only if both have the same sign, which takes a positive slope
     return lowering.readable(x, y, y, on_gpu=(y, y)) if slope > 0 else (y, x)
 
@@ -128,7 +129,7 @@ def _leaky_relu_jvp(slope: float, kink: float, primals: Any, tangents: Any) -> _
     return (y, read), (t, jnp.zeros_like(read))
 
 
-_leaky_relu_jit = lowering.core(_leaky_relu, "leaky_relu", (1, 2), formula=_leaky_relu_value)
+_leaky_relu_jit = lowering.core(_leaky_relu, "leaky_relu", (1, 2), formula=_leaky_relu_formula)
 
 
 def prelu(x: ArrayLike, negative_slope: ArrayLike, *, axis: int | None = None, kink: float = 0.0) -> Array:
@@ -157,13 +158,15 @@ def prelu(x: ArrayLike, negative_slope: ArrayLike, *, axis: int | None = None, k
                [ 2.,  2.]], dtype=float32)
     """
     x, kink = checked.floating("prelu", "x", x), checked.kink("prelu", kink)
+    if isinstance(negative_slope, np.generic):  # as an array, it makes the result's type strong
+        negative_slope = np.asarray(negative_slope)
     if number := checked.is_number(negative_slope):
         negative_slope = float(checked.number("prelu", "negative_slope", negative_slope))
     slope = checked.fitting("prelu", "negative_slope", negative_slope, x, axis)
     return (_prelu_number_jit if number else _prelu_jit)(x, slope, axis, kink)
 
 
-def _prelu_value(x: Array, slope: Array, axis: int | None, kink: float) -> Array:
+def _prelu_formula(x: Array, slope: Array, axis: int | None, kink: float = 0.0) -> Array:
     # the slope is rounded to the dtype of x; the product is computed in float32 or wider, and rounded once
     wide = widen(x)
     slope = _at_kink(x, kink, cast(cast(align(slope, x, axis), x), wide))
@@ -171,8 +174,9 @@ def _prelu_value(x: Array, slope: Array, axis: int | None, kink: float) -> Array
     return cast(jnp.where(wide > 0, wide, slope * jnp.where(wide > 0, jnp.zeros_like(wide), wide)), x)
 
 
-_prelu = jax.custom_jvp(_prelu_value, nondiff_argnums=(2, 3))
-_prelu_number = jax.custom_jvp(_prelu_value, nondiff_argnums=(2, 3))  # a slope that is a Python number is not learned
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _prelu(x: Array, slope: Array, axis: int | None, kink: float) -> Array:
+    return _prelu_formula(x, slope, axis)
 
 
 @functools.partial(_prelu.defjvp, symbolic_zeros=True)
@@ -198,7 +202,12 @@ def _prelu_jvp(axis: int | None, kink: float, primals: Any, tangents: Any) -> tu
     return y, lowering.recomputed(tangent, x, slope, seen)
 
 
-@_prelu_number.defjvp
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _prelu_number(x: Array, slope: Array, axis: int | None, kink: float) -> Array:
+    return _prelu_formula(x, slope, axis)
+
+
+@_prelu_number.defjvp  # a slope that is a Python number is not learned
 def _prelu_number_jvp(axis: int | None, kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x, slope), (g, _) = primals, tangents
     off = _at_kink(x, kink, cast(cast(align(slope, x, axis), x), widen(x))) * widen(g)
@@ -206,9 +215,9 @@ def _prelu_number_jvp(axis: int | None, kink: float, primals: Any, tangents: Any
 
 
 # a call, as inlined on the CPU in bfloat16 it takes 1.18 of Flax's memory under dots_saveable (jax 0.12; test_memory.py)
-_prelu_jit = lowering.core(_prelu, "prelu", (2, 3), inline=False, formula=_prelu_value)
-_leaky_relu_array_jit = lowering.core(_prelu, "leaky_relu", (2, 3), inline=False, formula=_prelu_value)
-_prelu_number_jit = lowering.core(_prelu_number, "prelu", (2, 3), formula=_prelu_value)
+_prelu_jit = lowering.core(_prelu, "prelu", (2, 3), inline=False, formula=_prelu_formula)
+_leaky_relu_array_jit = lowering.core(_prelu, "leaky_relu", (2, 3), inline=False, formula=_prelu_formula)
+_prelu_number_jit = lowering.core(_prelu_number, "prelu", (2, 3), formula=_prelu_formula)
 
 
 def elu(x: ArrayLike, alpha: ArrayLike = 1.0, *, kink: float = 0.0, save: Literal["input", "output"] = "input") -> Array:
@@ -248,17 +257,18 @@ def elu(x: ArrayLike, alpha: ArrayLike = 1.0, *, kink: float = 0.0, save: Litera
         )
     if number:
         return _elu_jit(x, checked.number("elu", "alpha", alpha), kink, save)
-    return _elu_array_jit(x, checked.fitting("elu", "alpha", alpha, x), kink, save)
+    return _elu_array_jit(x, checked.fitting("elu", "alpha", alpha, x), kink)
 
 
-def _elu_value(x: Array, alpha: ArrayLike, kink: float, save: str) -> Array:
+def _elu_formula(x: Array, alpha: ArrayLike, kink: float = 0.0) -> Array:
     wide = widen(x)
     alpha = _at_kink(x, kink, cast(align(alpha, x), wide))
     return cast(jnp.where(wide > 0, wide, alpha * expm1_below_zero(wide)), x)
 
 
-_elu = jax.custom_jvp(_elu_value, nondiff_argnums=(1, 2, 3))
-_elu_array = jax.custom_jvp(_elu_value, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _elu(x: Array, alpha: ArrayLike, kink: float, save: str) -> Array:
+    return _elu_formula(x, alpha)
 
 
 @_elu.defjvp
@@ -272,8 +282,13 @@ def _elu_jvp(alpha: ArrayLike, kink: float, save: str, primals: Any, tangents: A
     return y, _elu_tangent(x, alpha, kink, g)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _elu_array(x: Array, alpha: Array, kink: float) -> Array:
+    return _elu_formula(x, alpha)
+
+
 @functools.partial(_elu_array.defjvp, symbolic_zeros=True)
-def _elu_array_jvp(kink: float, save: str, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _elu_array_jvp(kink: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x, alpha), (g, h) = primals, tangents
     t = jnp.zeros_like(x) if type(g) is SymbolicZero else _elu_tangent(x, alpha, kink, g)
     if type(h) is not SymbolicZero:
@@ -281,7 +296,7 @@ def _elu_array_jvp(kink: float, save: str, primals: Any, tangents: Any) -> tuple
         on, h = x > 0, align(h, x)
         e = expm1_below_zero(widen(x))
         t += cast(e * cast(jnp.where(on, jnp.zeros_like(h), h), e), x)
-    return _elu_array(x, alpha, kink, save), t
+    return _elu_array(x, alpha, kink), t
 
 
 def _elu_tangent(x: Array, alpha: ArrayLike, kink: float, g: Array) -> Array:
@@ -295,7 +310,7 @@ def _elu_tangent(x: Array, alpha: ArrayLike, kink: float, g: Array) -> Array:
 
 
 _elu_jit = lowering.core(_elu, "elu", (1, 2, 3))
-_elu_array_jit = lowering.core(_elu_array, "elu", (2, 3), formula=_elu_value)
+_elu_array_jit = lowering.core(_elu_array, "elu", (2,), formula=_elu_formula)
 
 
 def relu6(x: ArrayLike, *, kink: float = 0.0) -> Array:

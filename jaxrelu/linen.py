@@ -13,7 +13,17 @@ from jaxrelu import _flax, functions
 __all__ = ["ELU", "LeakyReLU", "PReLU", "ReLU", "ReLU6"]
 
 
-class ReLU(nn.Module):
+class _Module(nn.Module):
+    """A module whose numbers are checked."""
+
+    def __post_init__(self) -> None:
+        for name in ("kink", "negative_slope", "alpha"):
+            if hasattr(self, name):
+                object.__setattr__(self, name, _flax.static(self, name, getattr(self, name)))
+        super().__post_init__()
+
+
+class ReLU(_Module):
     """`jaxrelu.relu` as a module, with the options of the function."""
 
     kink: float = 0.0
@@ -22,21 +32,17 @@ class ReLU(nn.Module):
         return functions.relu(x, kink=self.kink)
 
 
-class LeakyReLU(nn.Module):
+class LeakyReLU(_Module):
     """`jaxrelu.leaky_relu` as a module, with the options of the function."""
 
     negative_slope: float = 0.01
     kink: float = 0.0
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "negative_slope", _flax.static("LeakyReLU", "negative_slope", self.negative_slope))
-        super().__post_init__()
-
     def __call__(self, x: ArrayLike) -> Array:
         return functions.leaky_relu(x, self.negative_slope, kink=self.kink)
 
 
-class PReLU(nn.Module):
+class PReLU(_Module):
     """`jaxrelu.prelu` with its slope as the parameter `negative_slope`.
 
     Attributes:
@@ -78,22 +84,18 @@ class PReLU(nn.Module):
         return _flax.apply(x, slope, self.axis, self.dtype, self.kink)
 
 
-class ELU(nn.Module):
+class ELU(_Module):
     """`jaxrelu.elu` as a module, with the options of the function."""
 
     alpha: float = 1.0
     kink: float = 0.0
     save: Literal["input", "output"] = "input"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "alpha", _flax.static("ELU", "alpha", self.alpha))
-        super().__post_init__()
-
     def __call__(self, x: ArrayLike) -> Array:
         return functions.elu(x, self.alpha, kink=self.kink, save=self.save)
 
 
-class ReLU6(nn.Module):
+class ReLU6(_Module):
     """`jaxrelu.relu6` as a module, with the options of the function."""
 
     kink: float = 0.0

@@ -15,7 +15,14 @@ from jaxrelu import _flax, functions
 __all__ = ["ELU", "LeakyReLU", "PReLU", "ReLU", "ReLU6"]
 
 
-class ReLU(nnx.Module):
+class _Module(nnx.Module):
+    """A module whose numbers are checked, also when they are set later."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _flax.static(self, name, value))
+
+
+class ReLU(_Module):
     """`jaxrelu.relu` as a module, with the options of the function."""
 
     def __init__(self, *, kink: float = 0.0) -> None:
@@ -25,18 +32,17 @@ class ReLU(nnx.Module):
         return functions.relu(x, kink=self.kink)
 
 
-class LeakyReLU(nnx.Module):
+class LeakyReLU(_Module):
     """`jaxrelu.leaky_relu` as a module, with the options of the function."""
 
     def __init__(self, negative_slope: float = 0.01, *, kink: float = 0.0) -> None:
-        self.negative_slope = _flax.static("LeakyReLU", "negative_slope", negative_slope)
-        self.kink = kink
+        self.negative_slope, self.kink = negative_slope, kink
 
     def __call__(self, x: ArrayLike) -> Array:
         return functions.leaky_relu(x, self.negative_slope, kink=self.kink)
 
 
-class PReLU(nnx.Module):
+class PReLU(_Module):
     """`jaxrelu.prelu` with its slope as the parameter `negative_slope`.
 
     Args:
@@ -84,18 +90,18 @@ class PReLU(nnx.Module):
         return _flax.apply(x, self.negative_slope[...], self.axis, self.dtype, self.kink)
 
 
-class ELU(nnx.Module):
+class ELU(_Module):
     """`jaxrelu.elu` as a module, with the options of the function."""
 
     def __init__(self, alpha: float = 1.0, *, kink: float = 0.0, save: Literal["input", "output"] = "input") -> None:
-        self.alpha, self.kink = _flax.static("ELU", "alpha", alpha), kink
+        self.alpha, self.kink = alpha, kink
         self.save: Literal["input", "output"] = save
 
     def __call__(self, x: ArrayLike) -> Array:
         return functions.elu(x, self.alpha, kink=self.kink, save=self.save)
 
 
-class ReLU6(nnx.Module):
+class ReLU6(_Module):
     """`jaxrelu.relu6` as a module, with the options of the function."""
 
     def __init__(self, *, kink: float = 0.0) -> None:

@@ -383,6 +383,25 @@ def test_statistics_can_be_kept(tmp_path):
         assert len({kept["relu"], stats["relu"]}) == 2
 
 
+def test_exact_counts_inside_jit():
+    stats = unit_stats(jnp.array([[1.0, -2.0], [3.0, -4.0]]))
+    for read in (lambda s: s.fired, lambda s: s.count, lambda s: s.nonfinite):
+        with pytest.raises(TypeError, match="exact integers of NumPy's, which jit cannot hold; read them outside"):
+            jax.jit(read)(stats)
+    printed = []
+    jax.jit(lambda s: printed.append(repr(s)))(stats)
+    assert printed == ["UnitStats(2 units, not readable here)"]
+    floats, rest = eqx.partition(stats, eqx.is_inexact_array)
+    assert all("None" in repr(part) for part in (floats, rest))
+
+
+def test_check_init_on_explicit_axes():
+    params = {"w": np.eye(4, dtype=np.float32)}
+    with jax.set_mesh(jax.make_mesh((4,), ("d",))):
+        sharded = jax.device_put(params, jax.NamedSharding(jax.sharding.get_mesh(), P(None, "d")))
+        assert diagnostics.check_init(lambda p, x: jaxrelu.relu(x @ p["w"]), sharded, np.ones((3, 4), np.float32)) == []
+
+
 ON_PROCESSES = """
 import sys
 import jax

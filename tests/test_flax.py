@@ -58,10 +58,25 @@ def test_modules_that_differ_in_the_sign_of_a_zero_do_not_share_a_compiled_funct
     compiled, by_hash = jax.jit(linen.apply, static_argnums=0), nn.jit(linen)
     for function in (lambda s: run(modern(s), x), lambda s: compiled(linen(s), {}, x), lambda s: by_hash(s).apply({}, x)):
         assert [bool(np.signbit(function(s)[0])) for s in (-0.0, 0.0, -0.0)] == [False, True, False]
-    assert linen(0.0) == linen(0) != linen(-0.0)
+    module = modern(0.0)
+    run(module, x)
+    setattr(module, "alpha" if name == "ELU" else "negative_slope", -0.0)
+    assert not np.signbit(run(module, x)[0])
+    assert linen(0.0) == linen(0) != linen(-0.0) != linen(0)
     assert linen(math.nan) == linen(math.nan)
     assert hash(linen(0.0)) == hash(linen(0)) != hash(linen(-0.0))
     assert pickle.loads(pickle.dumps(linen(-0.0))) == linen(-0.0)
+
+
+@each_case
+@pytest.mark.parametrize("package", [jaxrelu.linen, jaxrelu.nnx])
+def test_a_bool_is_refused_before_a_module_is_compiled(package, case: Case):
+    module = getattr(package, case.module)
+    with pytest.raises(TypeError, match=f"{case.module}: kink must be a Python number"):
+        module(kink=True)
+    if case.module in ("LeakyReLU", "ELU"):
+        with pytest.raises(TypeError, match=f"{case.module}: {case.parameter} must be a real number"):
+            module(True)
 
 
 @pytest.mark.parametrize("package", [jaxrelu.linen, jaxrelu.nnx])

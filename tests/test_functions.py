@@ -535,6 +535,13 @@ def test_equal_numbers_that_differ_do_not_share_a_compiled_function(case: Case):
             assert np.signbit(outputs).ravel().tolist() == [False, True, False]
 
 
+@each_case
+def test_the_value_does_not_depend_on_kink(case: Case):
+    x = jnp.array([-1.0, 0.0, 6.0])
+    for kink in (-1.0, 1e39):
+        np.testing.assert_array_equal(case.function(x, kink=kink), case.function(x))
+
+
 @each_parameter
 def test_a_nan_compiles_once(case: Case):
     x = jnp.ones(3)

@@ -105,11 +105,27 @@ def test_gain_of_a_function_that_rounds(dtype):
 
 
 def test_gain_of_steps():
-    assert gain(lambda z: jnp.round(z * 1000) / 1000) == pytest.approx(1, rel=1e-6)
+    assert gain(lambda z: jnp.round(z * 1000) / 1000) == pytest.approx(1, rel=1e-5)
     # E[round(z)^2] = 2 sum (2 k - 1) P(z > k - 1/2)
     closed = 2 * sum((2 * k - 1) * mpmath.ncdf(0.5 - k) for k in range(1, 30))
     assert gain(jnp.round) == pytest.approx(float(1 / mpmath.sqrt(closed)), rel=1e-9)
     assert gain(lambda z: z > 0) == pytest.approx(math.sqrt(2), rel=1e-9)
+
+    def share(low, high):
+        return mpmath.ncdf(high) - mpmath.ncdf(low)
+
+    def three(z):
+        return jnp.where(z > 0.1234, 1.0, 0.0) + jnp.where(z > 0.3, 1.0, 0.0) + jnp.where(z > -0.77, 2.0, 0.0)
+
+    closed = 4 * share(-0.77, 0.1234) + 9 * share(0.1234, 0.3) + 16 * share(0.3, mpmath.inf)
+    assert gain(three) == pytest.approx(float(1 / mpmath.sqrt(closed)), rel=1e-9)
+    box = gain(lambda z: jnp.where((z > -0.3) & (z < -0.1), 1.0, 0.0))
+    assert box == pytest.approx(float(1 / mpmath.sqrt(share(0.1, 0.3))), rel=1e-9)
+    clipped = gain(lambda z: jnp.clip(z, -0.5, 0.5), backward=True)
+    assert clipped == pytest.approx(float(1 / mpmath.sqrt(share(-0.5, 0.5))), rel=1e-9)
+    # E[exp(-400 (z - 1/2)^2)] = exp(-400 / 801 / 4) / sqrt(801)
+    bump = gain(lambda z: jnp.exp(-200 * (z - 0.5) ** 2))
+    assert bump == pytest.approx(math.sqrt(math.sqrt(801) * math.exp(100 / 801)), rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -367,6 +367,8 @@ def test_no_activation_warns():
                 UserWarning, match=r"observe: no activation was found; it looks for jaxrelu's relu, .* jax.nn"
             ):
                 assert not watched(X)[1]
+    with pytest.warns(UserWarning, match="no activation was found"):  # as what is not read is not computed
+        assert not observe(lambda x: (jaxrelu.relu(x), x)[1])(X)[1]
 
 
 @quick
@@ -438,10 +440,15 @@ def test_traces_of_changing_arguments_are_let_go():
     assert 32 <= sum(x.shape == (54321, 2) for x in jax.live_arrays()) <= 80
     watched(X, 99)
     assert len(traced) == 100
+    for rows in range(1, 101):
+        watched(jnp.ones((rows, 3)), 0)
+    gc.collect()
+    assert 32 <= sum(x.shape == (54321, 2) for x in jax.live_arrays()) <= 80
+    traced.clear()
     # what compares equal and differs is another argument; what is equal is not
     for step in (0.0, -0.0, 0, False, 0.0, -0.0, float("nan"), float("nan")):
         watched(X, step)
-    assert len(traced) == 105
+    assert len(traced) == 5
 
 
 def test_in_place_refuses_while_observing_too():

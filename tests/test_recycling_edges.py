@@ -220,6 +220,13 @@ TIED = normal(0, 6, 6)
             r"units_axis must be given for 'a', .* \(6, 6\); it is -1 for x @ w, and 0 for w @ x",
         ),
         ({"V": normal(0, 6, 6), "W": normal(1, 6, 3)}, Edge("h", "V", ["W"], bias=""), "units_axis must be given for 'V'"),
+        ({"a": {"w": normal(0, 6, 6)}, "c": {"w": normal(1, 6, 3)}}, Edge("h", "a", ["c"]), "units_axis must be given for"),
+        (
+            SMALL | {"layer_1": {"kernel": normal(1, 6, 6, 5)}},
+            Edge("h", "layer_0", ["layer_1"]),
+            "inputs_axis must be given",
+        ),
+        (SMALL, Edge("h", "layer_0", ["layer_1"], ["nowhere"]), "between must name a BatchNorm by what holds its scale"),
         (
             {"a": {"kernel": TIED}, "c": {"kernel": TIED}},
             Edge("h", "a", ["c"]),
@@ -235,6 +242,17 @@ TIED = normal(0, 6, 6)
 def test_what_is_ambiguous_or_wrong_is_refused(params, edge, message):
     with pytest.raises(ValueError, match=f"^recycle: .*{message}"):
         recycle(optax.sgd(0.1), [edge], key=KEY, init=FILL).init(params)
+
+
+def test_two_edges_do_not_share_a_bias_and_axes_are_ints():
+    params = SMALL | {"layer_2": dense(2, 5, 6), "layer_3": dense(3, 6, 2)}
+    edges = [Edge("h", "layer_0", ["layer_1"]), Edge("i", "layer_2", ["layer_3"], bias="layer_0/bias")]
+    with pytest.raises(ValueError, match="recycle: a bias or scale must belong to one edge, got 'layer_0/bias' twice"):
+        recycle(optax.sgd(0.1), edges, key=KEY, init=FILL).init(params)
+    for field in ("units_axis", "inputs_axis"):
+        for axis in (1.0, "last", True):
+            with pytest.raises(TypeError, match=f"recycle: {field} must be an int or None, got {axis!r}"):
+                recycle(optax.sgd(0.1), [edges[0]._replace(**{field: axis})], key=KEY, init=FILL)
 
 
 @pytest.mark.parametrize("spec", [P("model", None), P(None, "model")], ids=["inputs", "units"])
@@ -302,10 +320,14 @@ def test_running_statistics_of_haiku_and_mistakes():
     ema = {"average": jnp.full((1, 2), 3.0), "hidden": jnp.full((1, 2), 5.0), "counter": jnp.array(7)}
     fresh = fresh_batch_stats({"net/~/bn/~/mean_ema": ema, "net/~/bn/~/var_ema": ema}, edges, [mask])
     assert fresh["net/~/bn/~/mean_ema"]["average"].tolist() == [[3.0, 0.0]]
-    assert fresh["net/~/bn/~/var_ema"]["hidden"].tolist() == [[5.0, 1.0]]
+    # an average of 1 is a hidden value of 1 - decay^counter, 5/3 here
+    np.testing.assert_allclose(fresh["net/~/bn/~/var_ema"]["hidden"], [[5.0, 5 / 3]], rtol=1e-6)
+    assert fresh["net/~/bn/~/mean_ema"]["hidden"].tolist() == [[5.0, 0.0]]
     assert fresh["net/~/bn/~/var_ema"]["counter"] == 7
     with pytest.raises(ValueError, match="fresh_batch_stats: batch_stats must have mean and var of 'net/~/bn', got norm"):
         fresh_batch_stats({"norm": {"mean": mask}}, edges, [mask])
+    with pytest.raises(TypeError, match=r"fresh_batch_stats: edges must be a list of one recycling.Edge or more"):
+        fresh_batch_stats({}, edges[0], [mask])
     with pytest.raises(ValueError, match="fresh_batch_stats: recycled must have one boolean array for each of the 1 edges"):
         fresh_batch_stats({}, edges, [])
     with pytest.raises(ValueError, match=r"fresh_batch_stats: .*average' must be of the 3 units of 'a', got shape \(1, 2\)"):

@@ -17,7 +17,7 @@ from jax import lax
 from jax.extend import core
 from jax.sharding import PartitionSpec, Sharding
 
-__all__ = ["Found", "Step", "Visitor", "bind", "called", "interpreted", "names_in", "opened", "origin"]
+__all__ = ["Found", "Step", "Visitor", "bind", "called", "interpreted", "live", "names_in", "opened", "origin"]
 
 
 @jax.tree_util.register_dataclass
@@ -94,19 +94,27 @@ def bind(eqn: core.JaxprEqn, *args: Any) -> Sequence[Any]:
     return outs if eqn.primitive.multiple_results else [outs]
 
 
+def live(jaxpr: Any) -> list[tuple[core.JaxprEqn, set[core.Var]]]:
+    """Returns the equations whose results are read, or that have effects, each with the variables that none reads later.
+
+    Some transformations of Flax leave others.
+    """
+    jaxpr = opened(jaxpr)
+    read, found = {v for v in jaxpr.outvars if isinstance(v, core.Var)}, list[tuple[core.JaxprEqn, set[core.Var]]]()
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not read.isdisjoint(eqn.outvars):
+            found.insert(0, (eqn, {v for v in (*eqn.invars, *eqn.outvars) if isinstance(v, core.Var)} - read))
+            read.update(v for v in eqn.invars if isinstance(v, core.Var))
+    return found
+
+
 def interpreted(jaxpr: Any, visitor: Visitor) -> Step:
     """Returns a program as a function that returns its outputs and what was found, in order of execution.
 
     Call the same function again, not interpreted() again: it jits what it enters, and that is compiled once.
     """
     constants, jaxpr = getattr(jaxpr, "consts", ()), opened(jaxpr)
-    # only equations whose results are read, or that have effects: some transformations of Flax leave others
-    live, steps = {v for v in jaxpr.outvars if isinstance(v, core.Var)}, []
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or not live.isdisjoint(eqn.outvars):
-            last_read = {v for v in (*eqn.invars, *eqn.outvars) if isinstance(v, core.Var)} - live
-            live.update(v for v in eqn.invars if isinstance(v, core.Var))
-            steps.insert(0, (eqn, _scope(eqn), _step(eqn, visitor), last_read))
+    steps = [(eqn, _scope(eqn), _step(eqn, visitor), unread) for eqn, unread in live(jaxpr)]
 
     def run(*args: Any) -> tuple[list[Any], list[Found]]:
         env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *args), strict=True))
@@ -115,11 +123,11 @@ def interpreted(jaxpr: Any, visitor: Visitor) -> Step:
         def read(v: Any) -> Any:
             return v.val if isinstance(v, core.Literal) else env[v]
 
-        for eqn, scope, step, last_read in steps:
+        for eqn, scope, step, unread in steps:
             with jax.named_scope(scope) if scope else contextlib.nullcontext(), eqn.ctx.manager:
                 outs, found = step(*map(read, eqn.invars))
             env.update(zip(eqn.outvars, outs, strict=True))
-            for v in last_read:
+            for v in unread:
                 del env[v]
             everything += [dataclasses.replace(f, name=f"{scope}/{f.name}" if scope else f.name) for f in found]
         return [read(v) for v in jaxpr.outvars], everything

@@ -20,7 +20,7 @@ from jax.extend import core
 from jaxrelu import _checked as checked
 from jaxrelu._lowering import observed as being_observed
 from jaxrelu._programs import marks
-from jaxrelu._programs.interpreter import Found, Step, Visitor, bind, called, interpreted, names_in, opened, origin
+from jaxrelu._programs.interpreter import Found, Step, Visitor, bind, called, interpreted, live, names_in, opened, origin
 from jaxrelu.diagnostics.measurement import STATISTICS, statistics
 from jaxrelu.diagnostics.stats import UnitStats, all_reduce, nothing_seen
 
@@ -104,12 +104,12 @@ def observe(f: Callable[_Parameters, _Result]) -> Callable[_Parameters, tuple[_R
 
     # caches of this call of observe, not of the module: a jaxpr keeps the arrays alive that f closes over
     @functools.lru_cache(_TRACES)
-    def trace(call: _Static) -> Callable[..., Any]:
+    def trace(call: _Static, shapes: tuple[Any, ...]) -> Callable[..., Any]:
         return jax.make_jaxpr(_function_of_arrays(*call.value), return_shape=True)
 
     @functools.lru_cache(_TRACES)
     def program(jaxpr: Any, left: int) -> tuple[Step, bool, bool]:
-        empty = not any(names_in(eqn, visitor) for eqn in jaxpr.eqns)
+        empty = not any(names_in(eqn, visitor) for eqn, _ in live(jaxpr))
         return interpreted(jaxpr, visitor), _loses(jaxpr, left), empty
 
     def observed(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> tuple[Any, Stats]:
@@ -118,7 +118,8 @@ def observe(f: Callable[_Parameters, _Result]) -> Callable[_Parameters, tuple[_R
         constants = tuple(None if _is_array(x) else _Static(x) for x in leaves)
         arrays = [x for x in leaves if _is_array(x)]
         with being_observed(True), jax.disable_jit(False):  # an activation is found by the name of a jitted function
-            jaxpr, (out, left) = trace(_Static((constants, tree)))(*arrays)
+            # with the shapes in the key, each trace is of one
+            jaxpr, (out, left) = trace(_Static((constants, tree)), tuple(map(jax.typeof, arrays)))(*arrays)
         run, loses, empty = program(jaxpr, len(left))
         if loses:
             raise ValueError(

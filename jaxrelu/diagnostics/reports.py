@@ -38,8 +38,8 @@ def to_scalars(stats: Mapping[str, UnitStats]) -> dict[str, float]:
 
     Returns:
         Finite numbers by "name/statistic", such as "hidden1/relu/dead"; for the first layer of a scan "name[0]/statistic". A
-        number that would not be finite is left out, so that strict JSON takes them: of a layer that has seen nothing or has
-        no units there are the ints alone.
+        number that would not be finite is left out, so that strict JSON takes them: a layer without units has the ints
+        alone, one that has seen nothing also the share of dead units, 0.
 
     Raises:
         TypeError: `stats` is something else.
@@ -95,7 +95,7 @@ def check_init(f: Callable[..., Any], *args: Any) -> list[str]:
         TypeError: `f` is not callable.
 
     Warns:
-        UserWarning: each text that is returned.
+        UserWarning: each text that is returned, and what `observe` warns of.
     """
     _check_callable("check_init", "f", f)
     report: list[str] = []
@@ -111,7 +111,8 @@ def check_init(f: Callable[..., Any], *args: Any) -> list[str]:
         leaves = [jnp.asarray(x) for x in jax.tree.leaves(f(*inputs)) if isinstance(x, (jax.Array, np.ndarray))]
         floats = [x.astype(jnp.float32) for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
         keys = jax.random.split(jax.random.key(0), max(1, len(floats)))
-        return sum((jnp.vdot(jax.random.normal(k, x.shape), x) for k, x in zip(keys, floats, strict=False)), jnp.float32(0))
+        products = [(jax.random.normal(k, x.shape) * x).sum() for k, x in zip(keys, floats, strict=False)]
+        return sum(products, jnp.float32(0))
 
     silent = [path or "the first argument" for path, gradient in _gradients(weighted, *args) if not gradient.any()]
     if silent:

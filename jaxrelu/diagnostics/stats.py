@@ -28,13 +28,12 @@ def on_host(arrays: Any) -> Any:
 
 def exact(limbs: Any) -> Any:
     """Returns integers as NumPy's, given their low and high 32 bits as two uint32 along the last axis but one."""
-    try:
-        low, high = np.moveaxis(limbs if isinstance(limbs, np.ndarray) else on_host(limbs), -2, 0).astype(np.int64)
-    except jax.errors.TracerArrayConversionError:
+    if isinstance(limbs, Tracer):
         raise TypeError(
             "UnitStats: count, fired and nonfinite are exact integers of NumPy's, which jit cannot hold; read them outside "
             "jit, or take firing_rate"
-        ) from None
+        )
+    low, high = np.moveaxis(limbs if isinstance(limbs, np.ndarray) else on_host(limbs), -2, 0).astype(np.int64)
     return (high << 32) + low
 
 
@@ -97,9 +96,9 @@ class UnitStats(NamedTuple):
     means: Array  # (3, 2, units): of z, of its squared distance from the mean, and of |h|
 
     def __repr__(self) -> str:
-        if not isinstance(self.counts, (Array, np.ndarray)):
-            return f"UnitStats({self.counts!r})"  # JAX puts other things than arrays into a pytree too
-        if not getattr(self.counts, "is_fully_addressable", True):
+        if not all(isinstance(x, (Array, np.ndarray)) for x in self):  # JAX puts other things into a pytree too
+            return f"UnitStats({', '.join(map(repr, self))})"
+        if not all(isinstance(x, Tracer) or getattr(x, "is_fully_addressable", True) for x in self):
             return "UnitStats(on several processes)"  # to read them, all would have to print
         units = "x".join(map(str, self.extremes.shape[:-2] + self.extremes.shape[-1:]))
         try:

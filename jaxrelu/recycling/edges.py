@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,8 @@ from jax import Array
 from jax.nn.initializers import Initializer
 from jax.sharding import PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path
+
+from jaxrelu import _checked as checked
 
 __all__ = ["Edge", "Layer", "Parameters", "check", "named"]
 
@@ -29,10 +32,10 @@ class Edge(NamedTuple):
     weights and bias (`kernel` and `bias` in Flax, `w` and `b` in Haiku, `weight` and `bias` in Equinox, or a pair of both),
     or at the weights themselves, as "W_hidden" or "0" in a list of arrays.
 
-    Parameters alone do not show all that matters. Leave out a layer of units that a BatchNorm, or a bias, follows behind the
-    activation, that another layer reads without being named here, or whose weights are also used elsewhere, as tied weights
-    are: recycling would change what the network computes. The weights of an ensemble, stacked along a leading axis, are
-    recycled together: a unit must be dormant in all members.
+    Parameters alone do not show all that matters. Leave out a layer of units that a BatchNorm, a bias or a skip connection
+    follows behind the activation, that another layer reads without being named here, or whose weights are also used
+    elsewhere, as tied weights are: recycling would change what the network computes. The weights of an ensemble, stacked
+    along a leading axis, are recycled together: a unit must be dormant in all members.
 
     Attributes:
         stats: the name of the units' statistics in the `stats` of an update.
@@ -41,9 +44,10 @@ class Edge(NamedTuple):
         between: the paths of the BatchNorms between the producer and the activation.
         bias: the path of the producer's bias, or "" if it has none. With None it is found beside the weights, by its name.
         units_axis: the axis of the units in the producer's weights. With None it is the first where they are called
-            `weight`, as in Equinox, else the last.
+            `weight`, as in Equinox, else the last. For square weights it must be given, unless they are called `kernel`, as
+            in Flax; there give it for a transposed convolution with transpose_kernel.
         inputs_axis: the axis of the inputs in the consumers' weights. With None it is the second where they are called
-            `weight`, else the last but one.
+            `weight`, else the last but one. It must be given as units_axis must.
         inputs: what the consumers read. None: these units alone. "flattened": the positions of a convolution with channels
             last, flattened; "flattened channels first": those of one with channels first. A number: a concatenation in which
             the units begin at this place.
@@ -95,9 +99,14 @@ class Parameters:
         for one, other in itertools.combinations(range(len(edges)), 2):
             if layers[one].weights == layers[other].weights:
                 raise ValueError(f"recycle: a layer must be the producer of one edge, got {edges[other].producer!r} twice")
+            if shared := set(layers[one].zeros + layers[one].ones) & set(layers[other].zeros + layers[other].ones):
+                raise ValueError(
+                    f"recycle: a bias or scale must belong to one edge, got {self._name(shared.pop())!r} twice; leave one "
+                    "edge out"
+                )
             for index, _ in set(layers[one].outgoing) & set(layers[other].outgoing):
-                first, second = (_places(layers[i], self.arrays[index]) for i in (one, other))
-                if not first.isdisjoint(second):
+                first, second = sorted((_span(layers[i]) for i in (one, other)), key=lambda span: span.start)
+                if second.start < first.stop:
                     raise ValueError(
                         f"recycle: a layer must be the consumer of one edge, got {self._name(index)!r} twice; if it reads a "
                         "concatenation, say in each edge where its units begin, by inputs"
@@ -109,15 +118,18 @@ class Parameters:
         units = self.arrays[weights].shape[axis]
         zeros, ones = self._bias(edge, weights, units), list[int]()
         for path in edge.between:
-            scale, bias = self._find(path, ("scale", "weight")), self._find(path, ("bias", "offset"))
+            scale, bias = self._find(path, ("scale", "weight", "gamma")), self._find(path, ("bias", "offset", "beta"))
             if not scale + bias:
-                raise ValueError(f"recycle: between must name a BatchNorm with a scale or a bias, got {path!r}")
+                raise ValueError(
+                    f"recycle: between must name a BatchNorm by what holds its scale or bias, got {path!r}; leave the edge "
+                    "out if that has no path"
+                )
             zeros, ones = zeros + bias, ones + scale
         for index in zeros + ones:
             if not _is_vector(self.arrays[index], units):
                 raise ValueError(
                     f"recycle: biases and scales of the {units} units of {edge.producer!r} must have shape ({units},), "
-                    f"got {self.arrays[index].shape}"
+                    f"got {self.arrays[index].shape}; name its own bias, and BatchNorms with one number for each unit"
                 )
         outgoing = [self._weights(edge, path, edge.inputs_axis, (-2, 1), "inputs_axis") for path in edge.consumers]
         layer = Layer(units, weights, axis, zeros, ones, outgoing, edge.inputs)
@@ -193,8 +205,9 @@ class Parameters:
             return found[0], axis % len(shape)
         first = name == "weight"
         pair = shape[:2] if first else shape[-2:]
-        known = name in _WEIGHTS and not first and (path not in self.names or name != "0")
-        if not known and pair[0] == pair[1]:
+        # a kernel of Flax's Conv has inputs and units last, but one of DenseGeneral may have several axes of inputs
+        ambiguous = shape[-3:-2] == shape[-2:-1] if name == "kernel" else pair[0] == pair[1]
+        if ambiguous:
             raise ValueError(
                 f"recycle: {field} must be given for {path!r}, as inputs and units cannot be told apart in weights of shape "
                 f"{shape}; it is {usual[0]} for x @ w, and {usual[1]} for w @ x"
@@ -242,9 +255,9 @@ def _is_vector(array: Array, units: int) -> bool:
     return math.prod(array.shape) == units and units in array.shape
 
 
-def _places(layer: Layer, array: Array) -> set[int]:
-    start = layer.inputs if isinstance(layer.inputs, int) else 0
-    return set(range(start, start + layer.units)) if isinstance(layer.inputs, int) else set(range(math.prod(array.shape)))
+def _span(layer: Layer) -> range:
+    """Returns which of a consumer's inputs the units are."""
+    return range(layer.inputs, layer.inputs + layer.units) if isinstance(layer.inputs, int) else range(sys.maxsize)
 
 
 def _inputs(layer: Layer, mask: Array, read: int) -> Array:
@@ -269,26 +282,29 @@ def _drawn(init: Initializer, key: Array, array: Array, axis: int) -> Array:
     return jnp.transpose(drawn, [moved.index(i) for i in range(array.ndim)])
 
 
-def check(edges: Sequence[Edge]) -> None:
-    """Raises TypeError or ValueError for edges that no parameters could fit."""
+def check(function: str, edges: Sequence[Edge]) -> None:
+    """Raises TypeError or ValueError for edges that fit no parameters; `function` is that which the user called."""
     several = isinstance(edges, (list, tuple)) and not isinstance(edges, Edge)  # no generator: all() would use it up
     if not several or not edges or not all(isinstance(edge, Edge) for edge in edges):
-        raise TypeError(f"recycle: edges must be a list of one recycling.Edge or more, got {edges!r}")
+        raise TypeError(f"{function}: edges must be a list of one recycling.Edge or more, got {edges!r}")
     for edge in list(edges):
+        for name, axis in (("units_axis", edge.units_axis), ("inputs_axis", edge.inputs_axis)):
+            if axis is not None and not checked.is_int(axis):
+                raise TypeError(f"{function}: {name} must be an int or None, got {axis!r}")
         for name, paths in (("consumers", edge.consumers), ("between", edge.between)):
             if not isinstance(paths, (list, tuple)):
-                raise TypeError(f"recycle: {name} must be a list of paths, got {paths!r}; put a single one in brackets")
+                raise TypeError(f"{function}: {name} must be a list of paths, got {paths!r}; put a single one in brackets")
         if not edge.consumers:
-            raise ValueError(f"recycle: consumers must name the layers that read {edge.producer!r}, got none")
-        if edge.inputs not in (None, "flattened", "flattened channels first") and not (
-            isinstance(edge.inputs, int) and not isinstance(edge.inputs, bool) and edge.inputs >= 0
-        ):
+            raise ValueError(f"{function}: consumers must name the layers that read {edge.producer!r}, got none")
+        place = checked.is_int(edge.inputs) and edge.inputs >= 0
+        if not place and edge.inputs not in (None, "flattened", "flattened channels first"):
             raise ValueError(
-                f'recycle: inputs must be None, "flattened", "flattened channels first" or a place, got {edge.inputs!r}'
+                f'{function}: inputs must be None, "flattened", "flattened channels first" or a place, got {edge.inputs!r}; '
+                "pass the number of inputs before the units"
             )
         for path in edge.between:
             if any(name in path.lower().replace("_", "") for name in _MIXING):
                 raise ValueError(
-                    f"recycle: between must name BatchNorms, got {path!r}: it mixes units, so that the others would change "
+                    f"{function}: between must name BatchNorms, got {path!r}: it mixes units, so that others would change "
                     f"with a recycled one; put the normalisation before {edge.producer!r}, or leave this edge out"
                 )

@@ -173,6 +173,7 @@ def fresh_batch_stats(batch_stats: Any, edges: Sequence[Edge], recycled: Sequenc
         >>> fresh_batch_stats(batch_stats, edges, [jnp.array([False, True])])["norm"]["var"]
         Array([2., 1.], dtype=float32)
     """
+    check("fresh_batch_stats", edges)
     if len(recycled) != len(edges):
         raise ValueError(
             f"fresh_batch_stats: recycled must have one boolean array for each of the {len(edges)} edges, got "
@@ -191,10 +192,13 @@ def fresh_batch_stats(batch_stats: Any, edges: Sequence[Edge], recycled: Sequenc
                 )
             for name, value in found.items():
                 place, leaf = names[name]
+                if name.endswith("/hidden"):  # Haiku's average is this divided by 1 - decay^count, which is a number
+                    average = names[f"{name.removesuffix('hidden')}average"][1]
+                    value *= jnp.sum(leaf) / jnp.where(jnp.sum(average) == 0, 1, jnp.sum(average))
                 if leaf.size != mask.size:
                     raise ValueError(
                         f"fresh_batch_stats: {name!r} must be of the {mask.size} units of {edge.producer!r}, got shape "
-                        f"{leaf.shape}"
+                        f"{leaf.shape}; pass the statistics of the network that the edges belong to"
                     )
                 leaves[place] = jnp.where(sharded_as(mask.reshape(leaf.shape), leaf), jnp.asarray(value, leaf.dtype), leaf)
     return treedef.unflatten(leaves)
@@ -276,7 +280,7 @@ def _select(stats: Mapping[str, UnitStats], edges: Sequence[Edge], layers: Seque
 def _check(inner: Any, edges: Sequence[Edge], every: int, threshold: float, key: Array, init: Any, moments: str) -> None:
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(f"recycle: inner must be an Optax transformation, as optax.adam(1e-3), got {inner!r}")
-    check(edges)
+    check("recycle", edges)
     if not checked.is_int(every):
         raise TypeError(f"recycle: every must be an int, got {every!r}")
     if every < 1:
