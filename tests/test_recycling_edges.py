@@ -212,7 +212,7 @@ TIED = normal(0, 6, 6)
         (
             SMALL,
             Edge("h", "layer_0", ["layer_1"], units_axis=2),
-            r"units_axis 2 is out of range for the weights of 'layer_0' of",
+            r"units_axis 2 is out of range for weights of .layer_0., ",
         ),
         (
             {"a": {"weight": normal(0, 6, 6)}, "c": {"weight": normal(1, 3, 6)}},

@@ -201,7 +201,9 @@ class Parameters:
         shape, name = self.arrays[found[0]].shape, self._name(found[0]).rpartition("/")[2]
         if axis is not None:
             if not -len(shape) <= axis < len(shape):
-                raise ValueError(f"recycle: {field} {axis} is out of range for the weights of {path!r} of shape {shape}")
+                raise ValueError(
+                    f"recycle: {field} {axis} is out of range for weights of {path!r}, {shape}; give one of its axes"
+                )
             return found[0], axis % len(shape)
         first = name == "weight"
         pair = shape[:2] if first else shape[-2:]
