@@ -244,6 +244,11 @@ def test_what_is_ambiguous_or_wrong_is_refused(params, edge, message):
         recycle(optax.sgd(0.1), [edge], key=KEY, init=FILL).init(params)
 
 
+def test_weights_of_one_input_are_no_bias():
+    params = {"a": {"kernel": normal(0, 1, 6)}, "c": {"kernel": normal(1, 6, 1)}}
+    assert after_recycling(params, [Edge("hidden", "a", ["c"])])[1].recycled.tolist() == [2]
+
+
 def test_two_edges_do_not_share_a_bias_and_axes_are_ints():
     params = SMALL | {"layer_2": dense(2, 5, 6), "layer_3": dense(3, 6, 2)}
     edges = [Edge("h", "layer_0", ["layer_1"]), Edge("i", "layer_2", ["layer_3"], bias="layer_0/bias")]

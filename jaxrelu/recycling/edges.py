@@ -229,7 +229,10 @@ class Parameters:
         vectors = [
             n
             for n, (f, _, last) in split.items()
-            if f == folder and last != "negative_slope" and _is_vector(self.arrays[self.names[n]], units)
+            if f == folder
+            and last != "negative_slope"
+            and self.names[n] != weights
+            and _is_vector(self.arrays[self.names[n]], units)
         ]
         if vectors or (direct and (name not in _WEIGHTS or name == "0")):
             found = f"which {', '.join(vectors)} may be" if vectors else "as weights alone are named"
