@@ -9,6 +9,8 @@ inactive, but the argument `kink` moves the derivative there, by which the backw
 Each function has three parts, one below the other: the public function (`relu`), which checks its arguments; a private core
 (`_relu`), which computes the value; and the core's derivative rule (`_relu_jvp`). The cores of relu, leaky_relu and relu6
 also return the array that their rule reads to tell which units are active; `_lowering.py` says why that is not always x.
+The cores of leaky_relu, prelu and elu compute a formula (`_elu_formula`) whose derivative by JAX is right too, with `kink`
+as its last argument: `jaxrelu.portable` takes it in place of the core.
 """
 
 import functools
