@@ -32,8 +32,8 @@ def gain(activation: Callable[[Array], Array], *, backward: bool = False) -> flo
     `gain = 1 / sqrt(E[f(z)^2])` for the activation f and z ~ N(0, 1) (He et al. 2015, arXiv:1502.01852). With `backward`,
     the derivative f' takes the place of f, which keeps the second moment of the gradients. The integral is computed in
     float64, by adaptive quadrature: to 1e-9 if f is smooth but for a few kinks or steps, to 1e-3 if it rounds to 16 bits
-    inside or is quantised. The result is a float, inside `jax.jit` too. It is remembered for functions of this package, and
-    for `functools.partial` of them with Python numbers.
+    inside or is quantised. A spike narrower than about 0.3 may be missed. The result is a float, inside `jax.jit` too. It is
+    remembered for functions of this package, and for `functools.partial` of them with Python numbers.
 
     Args:
         activation: any elementwise function of a JAX scalar, differentiable if `backward`. Set its parameters by

@@ -106,7 +106,7 @@ def lowers(function, backend: str, what: str) -> bool:
         traced = jax.jit(call).trace(SHAPE, SHAPE)
         try:
             traced.lower(lowering_platforms=(platform,))
-        except (NotImplementedError, TypeError):  # TypeError: jax 0.12's Mosaic GPU, at a choice by platform
+        except NotImplementedError:
             return False
     return True
 
@@ -130,7 +130,11 @@ def test_kernels_lower_where_those_of_jax_nn_do(case: Case, backend, what):
 def test_kernels_of_the_gradient_in_a_slope_lower(backend):
     with jaxrelu.portable():
         assert lowers(jaxrelu.prelu, backend, "parameter")
-    assert not lowers(jaxrelu.prelu, backend, "parameter")  # the check can fail
+    try:
+        usual = lowers(jaxrelu.prelu, backend, "parameter")
+    except TypeError:  # what Mosaic GPU of jax 0.12 raises at a choice by platform
+        usual = False
+    assert not usual  # the check can fail
 
 
 @pytest.mark.onnx

@@ -16,7 +16,10 @@ def blocks(language):
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("block", blocks("python"), ids=[f"block {n}" for n in range(len(blocks("python")))])
 def test_a_python_block_runs_by_itself(block):
-    exec(compile(block, "README.md", "exec"), {})
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    # it is a whole program: it imports what it uses and leaves something behind
+    assert names.keys() > {"__builtins__", *re.findall(r"^(?:import|from) (\w+)$", block, re.MULTILINE)}
 
 
 def test_a_term_is_explained_where_it_first_stands():

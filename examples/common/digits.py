@@ -177,7 +177,7 @@ def _array(archive: zipfile.ZipFile, name: str, member: zipfile.ZipInfo) -> np.n
 def _damage(what: str) -> Iterator[None]:
     """Turns what zipfile and NumPy raise for damaged bytes into a ValueError. Nothing but calls of these stands inside.
 
-    They document no list of types; BadZipFile, zlib.error, EOFError, struct.error, NotImplementedError and others were seen.
+    They document no list of types; BadZipFile, zlib.error, EOFError, struct.error and others were seen.
     """
     try:
         yield
