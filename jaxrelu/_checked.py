@@ -19,16 +19,20 @@ class Number(float):
     """
 
     def __eq__(self, other: object) -> bool:
+        same = float.__eq__(self, other)
+        if same is True and self:  # first, as jit asks it at each call; what follows is for zeros and NaN
+            return True
         if isinstance(other, float):
             return float.hex(self) == float.hex(other)
-        return float.hex(self) != float.hex(-0.0) and super().__eq__(other)
+        return float.hex(self) != float.hex(-0.0) and same
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
     def __hash__(self) -> int:
-        text = float.hex(self)
-        return hash(text) if text in ("nan", "-0x0.0p+0") else super().__hash__()  # flax.linen.jit compares hashes alone
+        if self > 0 or self < 0:
+            return float.__hash__(self)
+        return hash(float.hex(self)) if float.hex(self) != float.hex(0.0) else 0  # flax.linen.jit compares hashes alone
 
 
 def kink(function: str, kink: object) -> float:
