@@ -6,6 +6,7 @@ function for each), and brings out what a visitor finds there. All knowledge of 
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from jax import lax
 from jax.extend import core
 from jax.sharding import PartitionSpec, Sharding
 
-__all__ = ["Found", "Step", "Visitor", "bind", "called", "interpreted", "live", "names_in", "opened", "origin"]
+__all__ = ["Found", "Scope", "Step", "Visitor", "bind", "bodies", "called", "interpreted", "live", "names_in", "origin"]
 
 
 @jax.tree_util.register_dataclass
@@ -33,14 +34,55 @@ class Found:
 Step = Callable[..., tuple[Sequence[Any], list[Found]]]
 
 
+class Scope:
+    """A program with what stands around it: the equation that calls it, and the scope of that equation."""
+
+    def __init__(self, program: Any, call: core.JaxprEqn | None = None, outside: "Scope | None" = None) -> None:
+        self.program, self.jaxpr, self.call, self.outside = program, opened(program), call, outside
+        self.made_by = {v: eqn for eqn in self.jaxpr.eqns for v in eqn.outvars}
+        # of each input that is a variable or literal of the scope outside, that; and the inputs that a loop replaces
+        self.given: dict[core.Var, tuple[Scope, Any]] = {}
+        self.carried: Sequence[core.Var] = ()
+        if call is not None and outside is not None and call.primitive.name in (*_ENTER, "custom_jvp_call"):
+            inputs = self.jaxpr.invars
+            args = call.invars[len(call.invars) - len(inputs) :]  # the first of cond is the index of a branch
+            if call.primitive.name == "scan":
+                carries, unscanned = _carries(call, self.jaxpr)
+                self.carried = inputs[unscanned - carries : unscanned]
+                inputs, args = inputs[: unscanned - carries], args[: unscanned - carries]
+            self.given = {v: (outside, w) for v, w in zip(inputs, args, strict=True)}
+        self._inside: dict[Any, Any] = {}
+
+    def inside(self, eqn: core.JaxprEqn) -> "list[Scope]":
+        """Returns the programs that an equation calls."""
+        if eqn not in self._inside:
+            self._inside[eqn] = [Scope(body, eqn, self) for body in bodies(eqn)]
+        return self._inside[eqn]
+
+    def derivative(self, eqn: Any) -> "Scope":
+        """Returns the forward derivative of an equation with one output, as a program of its inputs and their tangents."""
+        if ("derivative", eqn) not in self._inside:
+            inputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+
+            def tangent(*args: Any) -> Any:
+                return jax.jvp(functools.partial(bind, eqn), args[: len(inputs)], args[len(inputs) :])[1]
+
+            self._inside["derivative", eqn] = Scope(jax.make_jaxpr(tangent)(*inputs, *inputs))
+        return self._inside["derivative", eqn]
+
+
 class Visitor(Protocol):
     """Says which equations are looked for in a program, and what is done there."""
 
-    def name(self, eqn: core.JaxprEqn) -> str | None:
-        """Returns a name for an equation that is looked for, "" to ignore it and all that it calls, None to look inside."""
+    def names(self, eqn: core.JaxprEqn, scope: Scope) -> list[str] | None:
+        """Returns names of what is looked for in an equation, [] to ignore it and all that it calls, None to look inside."""
 
-    def visit(self, eqn: core.JaxprEqn) -> Step:
-        """Returns how to run an equation that is looked for."""
+    def visit(self, eqn: core.JaxprEqn, scope: Scope) -> Step:
+        """Returns how to run an equation that is looked for; the step takes its inputs, then what `reads` returns."""
+        ...
+
+    def reads(self, eqn: core.JaxprEqn, scope: Scope) -> Sequence[Any]:
+        """Returns variables and literals of an equation's program that are to be read where it is run; [] if not visited."""
         ...
 
     def branch_not_taken(self, value: Any) -> Any:
@@ -58,11 +100,12 @@ _OPAQUE = ("call_exported", "io_callback", "pure_callback", "call_hi_primitive")
 
 
 def bodies(eqn: core.JaxprEqn) -> list[Any]:
-    """Returns the jaxprs that an equation calls."""
-    found = list(core.jaxprs_in_params(eqn.params))
+    """Returns the jaxprs that an equation calls, with their constants."""
+    params = [*eqn.params.values()]
     if (hidden := eqn.params.get("_prim")) is not None:  # JAX 0.12 has those of lax.custom_root, for one, in this object
-        found += core.jaxprs_in_params(hidden.params)
-    return found
+        params += hidden.params.values()
+    values = itertools.chain(*(value if isinstance(value, (tuple, list)) else [value] for value in params))
+    return [value for value in values if isinstance(value, (core.Jaxpr, core.ClosedJaxpr))]
 
 
 def called(eqn: core.JaxprEqn) -> str:
@@ -76,16 +119,16 @@ def opened(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-def names_in(eqn: core.JaxprEqn, visitor: Visitor) -> list[str]:
+def names_in(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> list[str]:
     """Returns the sorted names of the equations that are looked for: this one, and in all that it calls, each once.
 
     Where an equation calls what is no jaxpr, as a callback does, they are "any activation".
     """
-    if (name := visitor.name(eqn)) is not None:
-        return [name] if name else []
-    if not (inside := bodies(eqn)) and eqn.primitive.name in _OPAQUE:
+    if (names := visitor.names(eqn, scope)) is not None:
+        return sorted(set(names))
+    if not (inside := scope.inside(eqn)) and eqn.primitive.name in _OPAQUE:
         return ["any activation"]
-    return sorted({name for body in inside for inner in body.eqns for name in names_in(inner, visitor)})
+    return sorted({name for body in inside for inner in body.jaxpr.eqns for name in names_in(inner, body, visitor)})
 
 
 def bind(eqn: core.JaxprEqn, *args: Any) -> Sequence[Any]:
@@ -94,27 +137,40 @@ def bind(eqn: core.JaxprEqn, *args: Any) -> Sequence[Any]:
     return outs if eqn.primitive.multiple_results else [outs]
 
 
-def live(jaxpr: Any) -> list[tuple[core.JaxprEqn, set[core.Var]]]:
+def _inputs(eqn: core.JaxprEqn) -> Sequence[Any]:
+    return eqn.invars
+
+
+def live(jaxpr: Any, reads: Callable[[core.JaxprEqn], Sequence[Any]] = _inputs) -> list[tuple[core.JaxprEqn, set[core.Var]]]:
     """Returns the equations whose results are read, or that have effects, each with the variables that none reads later.
 
     Some transformations of Flax leave others.
+
+    Args:
+        jaxpr: the program.
+        reads: returns all that an equation reads.
     """
     jaxpr = opened(jaxpr)
     read, found = {v for v in jaxpr.outvars if isinstance(v, core.Var)}, list[tuple[core.JaxprEqn, set[core.Var]]]()
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or not read.isdisjoint(eqn.outvars):
-            found.insert(0, (eqn, {v for v in (*eqn.invars, *eqn.outvars) if isinstance(v, core.Var)} - read))
-            read.update(v for v in eqn.invars if isinstance(v, core.Var))
+            variables = {v for v in reads(eqn) if isinstance(v, core.Var)}
+            found.insert(0, (eqn, variables.union(eqn.outvars) - read))
+            read |= variables
     return found
 
 
-def interpreted(jaxpr: Any, visitor: Visitor) -> Step:
+def interpreted(scope: Scope, visitor: Visitor) -> Step:
     """Returns a program as a function that returns its outputs and what was found, in order of execution.
 
     Call the same function again, not interpreted() again: it jits what it enters, and that is compiled once.
     """
-    constants, jaxpr = getattr(jaxpr, "consts", ()), opened(jaxpr)
-    steps = [(eqn, _scope(eqn), _step(eqn, visitor), unread) for eqn, unread in live(jaxpr)]
+    constants, jaxpr = getattr(scope.program, "consts", ()), scope.jaxpr
+
+    def reads(eqn: core.JaxprEqn) -> Sequence[Any]:
+        return [*eqn.invars, *visitor.reads(eqn, scope)]
+
+    steps = [(eqn, _named_scope(eqn), _step(eqn, scope, visitor), reads(eqn), unread) for eqn, unread in live(jaxpr, reads)]
 
     def run(*args: Any) -> tuple[list[Any], list[Found]]:
         env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *args), strict=True))
@@ -123,30 +179,30 @@ def interpreted(jaxpr: Any, visitor: Visitor) -> Step:
         def read(v: Any) -> Any:
             return v.val if isinstance(v, core.Literal) else env[v]
 
-        for eqn, scope, step, unread in steps:
-            with jax.named_scope(scope) if scope else contextlib.nullcontext(), eqn.ctx.manager:
-                outs, found = step(*map(read, eqn.invars))
+        for eqn, around, step, inputs, unread in steps:
+            with jax.named_scope(around) if around else contextlib.nullcontext(), eqn.ctx.manager:
+                outs, found = step(*map(read, inputs))
             env.update(zip(eqn.outvars, outs, strict=True))
             for v in unread:
                 del env[v]
-            everything += [dataclasses.replace(f, name=f"{scope}/{f.name}" if scope else f.name) for f in found]
+            everything += [dataclasses.replace(f, name=f"{around}/{f.name}" if around else f.name) for f in found]
         return [read(v) for v in jaxpr.outvars], everything
 
     return run
 
 
-def _scope(eqn: core.JaxprEqn) -> str:
+def _named_scope(eqn: core.JaxprEqn) -> str:
     """Returns the named scopes around an equation without JAX's transformations: mlp/hidden1 for "vmap(mlp)/hidden1"."""
     return re.sub(r"\w+\(|\)", "", str(eqn.source_info.name_stack)).strip("/").replace("//", "/")
 
 
-def _step(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
-    if visitor.name(eqn):
-        return visitor.visit(eqn)
-    names = names_in(eqn, visitor)
+def _step(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> Step:
+    if visitor.names(eqn, scope):
+        return visitor.visit(eqn, scope)
+    names = names_in(eqn, scope, visitor)
     if names and eqn.primitive.name in _ENTER:
         # jitted, so that it is compiled as one program, as the primitive alone is; a literal may be a Python number
-        entered = jax.jit(_ENTER[eqn.primitive.name](eqn, visitor))
+        entered = jax.jit(_ENTER[eqn.primitive.name](eqn, scope, visitor))
 
         def enter(*args: Any) -> tuple[Sequence[Any], list[Found]]:
             return entered(*map(jnp.asarray, args))
@@ -175,8 +231,8 @@ def origin(jaxpr: Any, v: Any) -> Any:
 # Each function below applies the transformation that the equation stands for, such as scan, to the interpreted body.
 
 
-def _enter_jit(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
-    run = interpreted(eqn.params["jaxpr"], visitor)
+def _enter_jit(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> Step:
+    run = interpreted(scope.inside(eqn)[0], visitor)
 
     def constrain(xs: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
         pairs = zip(xs, shardings, strict=True)
@@ -189,10 +245,9 @@ def _enter_jit(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
     return call
 
 
-def _enter_scan(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
-    run, body = interpreted(eqn.params["jaxpr"], visitor), opened(eqn.params["jaxpr"])
-    # counted by rank, as a scanned array has an axis that the body does not see; the parameters for it differ by JAX version
-    carries, unscanned = _same_rank(eqn.outvars, body.outvars), _same_rank(eqn.invars, body.invars)
+def _enter_scan(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> Step:
+    run = interpreted(scope.inside(eqn)[0], visitor)
+    carries, unscanned = _carries(eqn, scope.inside(eqn)[0].jaxpr)
     loop = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
 
     def call(*args: Any) -> tuple[Sequence[Any], list[Found]]:
@@ -208,17 +263,23 @@ def _enter_scan(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
     return call
 
 
-def _same_rank(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-    return sum(v.aval.ndim == w.aval.ndim for v, w in zip(outside, inside, strict=True))
+def _carries(eqn: Any, body: Any) -> tuple[int, int]:
+    """Returns how many inputs of a scan are carried, which are its first outputs, and how many are not scanned.
+
+    Counted by rank, as a scanned array has an axis that the body does not see; the parameters for it differ by JAX version.
+    """
+    pairs = (eqn.outvars, body.outvars), (eqn.invars, body.invars)
+    carries, unscanned = (sum(v.aval.ndim == w.aval.ndim for v, w in zip(*pair, strict=True)) for pair in pairs)
+    return carries, unscanned
 
 
-def _enter_remat(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
-    run = interpreted(eqn.params["jaxpr"], visitor)
+def _enter_remat(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> Step:
+    run = interpreted(scope.inside(eqn)[0], visitor)
     return jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
 
 
-def _enter_cond(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
-    branches = [interpreted(branch, visitor) for branch in eqn.params["branches"]]
+def _enter_cond(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> Step:
+    branches = [interpreted(branch, visitor) for branch in scope.inside(eqn)]
 
     def call(index: Any, *args: Any) -> tuple[Sequence[Any], list[Found]]:
         shapes = [jax.eval_shape(run, *args)[1] for run in branches]
@@ -239,8 +300,8 @@ def _enter_cond(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
     return call
 
 
-def _enter_shard_map(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
-    run, params = interpreted(eqn.params["jaxpr"], visitor), eqn.params
+def _enter_shard_map(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> Step:
+    run, params = interpreted(scope.inside(eqn)[0], visitor), eqn.params
     axes = tuple(sorted(params["newly_manual_axes"]))
 
     def body(*args: Any) -> tuple[Sequence[Any], list[Found]]:
@@ -258,7 +319,7 @@ def _enter_shard_map(eqn: core.JaxprEqn, visitor: Visitor) -> Step:
     )
 
 
-_ENTER: dict[str, Callable[[core.JaxprEqn, Visitor], Step]] = {
+_ENTER: dict[str, Callable[[core.JaxprEqn, Scope, Visitor], Step]] = {
     "jit": _enter_jit,
     "scan": _enter_scan,
     "remat2": _enter_remat,

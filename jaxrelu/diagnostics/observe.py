@@ -19,9 +19,10 @@ from jax.extend import core
 
 from jaxrelu import _checked as checked
 from jaxrelu._lowering import observed as being_observed
-from jaxrelu._programs import marks
-from jaxrelu._programs.interpreter import Found, Step, Visitor, bind, called, interpreted, live, names_in, opened, origin
-from jaxrelu.diagnostics.measurement import STATISTICS, statistics
+from jaxrelu._programs import formulas, marks
+from jaxrelu._programs.formulas import Activation
+from jaxrelu._programs.interpreter import Found, Scope, Step, Visitor, bind, called, interpreted, live, names_in, origin
+from jaxrelu.diagnostics.measurement import statistics
 from jaxrelu.diagnostics.stats import UnitStats, all_reduce, nothing_seen
 
 __all__ = ["Stats", "observe"]
@@ -56,16 +57,23 @@ class _Static:
 jax.tree_util.register_pytree_node(_Static, lambda static: ((), static), lambda static, _: static)
 
 
-def observe(f: Callable[_Parameters, _Result]) -> Callable[_Parameters, tuple[_Result, Stats]]:
-    """Returns `f` with the statistics of every jaxrelu activation called inside it, with no edit to `f`.
+def observe(
+    f: Callable[_Parameters, _Result], *, activations: Sequence[str] | None = None, axis: int | None = None
+) -> Callable[_Parameters, tuple[_Result, Stats]]:
+    """Returns `f` with the statistics of every activation called inside it, with no edit to `f`.
 
-    The activations may be called as functions or modules, and under jit, scan, remat, cond, shard_map and vmap. The units of
-    an activation lie along the last axis of its input, as the code inside vmap sees it. All other axes, those that vmap maps
-    and the devices of a mesh hold examples. An activation inside scan has one entry, whose arrays have a leading axis for
-    each scan around it. Output and gradient are those of `f`, bit for bit; a gradient outside jit may differ by rounding.
+    It sees the functions and modules of this package; relu, relu6, leaky_relu, elu, celu, selu, gelu, silu, softplus, mish,
+    squareplus, soft_sign, hard_tanh, hard_sigmoid and hard_silu of jax.nn; and PReLU of Flax and Equinox: under jit, scan,
+    remat, cond, shard_map and vmap, and in a gradient that `f` computes. It knows those of others by their formula, and by
+    the derivative rule that belongs to it, in float16, bfloat16, float32 and float64, so that other frameworks may call them
+    by other names. What Haiku writes as `maximum(x, 0)` is seen if asked for.
 
-    Where channels come first, as in `equinox.nn.Conv2d`, the last axis of positions is wrongly taken for the units. An
-    activation that vmap calls with scalars, as in `equinox.nn.MLP`, counts as one unit, with a warning.
+    The units of a layer lie along one axis of the activation's input; all other axes, those that vmap maps and the devices
+    of a mesh, hold examples. For a function of this package it is the last axis, as the code inside vmap sees it. For others
+    it is the axis of the outputs of the convolution or product with weights before the activation, else that of a bias or
+    scale on the way, so that models with channels first and models for one example under vmap are counted right. If there
+    is none, it is the last axis. An activation inside scan has one entry, whose arrays have a leading axis for each scan
+    around it. Output and gradient are those of `f`, bit for bit; a gradient outside jit may differ by rounding.
 
     `f` is traced once for arguments of the same shapes, as `jax.jit` does: an array that `f` closes over is read only then.
     A model is read at each call if it is a pytree, or if `f` is one of its methods. Arguments that are no arrays, Python
@@ -75,6 +83,11 @@ def observe(f: Callable[_Parameters, _Result]) -> Callable[_Parameters, tuple[_R
     Args:
         f: any function or callable object. Arrays among its arguments are traced; numbers, strings, flags and None reach it
             as they are.
+        activations: names of the activations to see, such as `("relu", "tanh")`; all of the above if None. Besides these it
+            knows what gates, losses and bounds consist of too: "tanh", "sigmoid", "log_sigmoid", "maximum" for
+            `maximum(x, 0)`, and "where" for `where(x > 0, x, 0)`.
+        axis: the axis of the units, as the whole program sees it, with the axes that vmap maps: -3 for images with channels
+            first. An activation that has no such axis is treated as if `axis` were None.
 
     Returns:
         A function of the arguments of `f`. It returns the output of `f` and an OrderedDict of UnitStats by name, in order of
@@ -82,13 +95,14 @@ def observe(f: Callable[_Parameters, _Result]) -> Callable[_Parameters, tuple[_R
         then the activation: "hidden1/relu". If the same name comes again, it is numbered: "relu", "relu_1".
 
     Raises:
-        TypeError: `f` is not callable.
-        ValueError: `f` replaces an array in one of its arguments, as a model that changes its own state does.
+        TypeError: `f` is not callable, `activations` is no tuple of names, or `axis` is not an int.
+        ValueError: `activations` has an unknown name; or `f` replaces an array in one of its arguments, as a model that
+            changes its own state does.
 
     Warns:
         UserWarning: no activation was found; or one is called where its statistics cannot be brought out, such as a
-            while_loop, or may be called where JAX has no program to look at, such as a callback; or one was given scalars
-            under vmap.
+            while_loop, or may be called where JAX has no program to look at, such as a callback; or one is under vmap, and
+            nothing shows along which axis its units lie.
 
     Examples:
         >>> import jax, jaxrelu
@@ -100,7 +114,14 @@ def observe(f: Callable[_Parameters, _Result]) -> Callable[_Parameters, tuple[_R
     """
     if not callable(f):
         raise TypeError(f"observe: f must be a function, got {f!r}; pass the model, not its output")
-    visitor = _Observer()
+    if activations is None:
+        activations = formulas.DEFAULT
+    elif isinstance(activations, str) or not all(isinstance(name, str) for name in activations):
+        raise TypeError(f'observe: activations must be a tuple of names, got {activations!r}; pass ("relu", "tanh"), say')
+    elif unknown := [name for name in activations if name not in formulas.FORMULAS]:
+        raise ValueError(f"observe: activations must be among {', '.join(formulas.FORMULAS)}, got {', '.join(unknown)}")
+    if axis is not None and not checked.is_int(axis):
+        raise TypeError(f"observe: axis must be an int or None, got {axis!r}; pass the axis of the units")
 
     # caches of this call of observe, not of the module: a jaxpr keeps the arrays alive that f closes over
     @functools.lru_cache(_TRACES)
@@ -109,8 +130,9 @@ def observe(f: Callable[_Parameters, _Result]) -> Callable[_Parameters, tuple[_R
 
     @functools.lru_cache(_TRACES)
     def program(jaxpr: Any, left: int) -> tuple[Step, bool, bool]:
-        empty = not any(names_in(eqn, visitor) for eqn, _ in live(jaxpr))
-        return interpreted(jaxpr, visitor), _loses(jaxpr, left), empty
+        scope, visitor = Scope(jaxpr), _Observer(activations, axis)
+        empty = not any(names_in(eqn, scope, visitor) for eqn, _ in live(jaxpr))
+        return interpreted(scope, visitor), _loses(jaxpr, left), empty
 
     def observed(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> tuple[Any, Stats]:
         function, inputs = (f.__func__, (f.__self__, *args)) if isinstance(f, types.MethodType) else (f, args)
@@ -128,8 +150,8 @@ def observe(f: Callable[_Parameters, _Result]) -> Callable[_Parameters, tuple[_R
             )
         if empty:
             warnings.warn(
-                "observe: no activation was found; it looks for jaxrelu's relu, leaky_relu, prelu, elu and relu6, and their "
-                "Flax modules, not for those of jax.nn",
+                f"observe: no activation was found; it looks for {', '.join(activations)}, of jax.nn, Flax, Equinox and "
+                "jaxrelu, and knows them by their formula",
                 stacklevel=2,
             )
         results, everything = run(*arrays)
@@ -177,7 +199,7 @@ def _unused(name: str, stats: Stats) -> str:
 
 def _loses(jaxpr: Any, number: int) -> bool:
     """Returns whether an array in the arguments was replaced by one that is not returned."""
-    jaxpr = opened(jaxpr)
+    jaxpr = Scope(jaxpr).jaxpr
     # the last outputs of the program, this number of them, are the arrays in the arguments as the call left them
     split = len(jaxpr.outvars) - number
     outputs, left = jaxpr.outvars[:split], jaxpr.outvars[split:]
@@ -189,30 +211,87 @@ def _loses(jaxpr: Any, number: int) -> bool:
 class _Observer(Visitor):
     """What `observe` does at each activation, and at each place where the interpreter brings statistics out."""
 
-    def name(self, eqn: core.JaxprEqn) -> str | None:
-        name = marks.activation(eqn)
-        return "" if name == STATISTICS else name
+    def __init__(self, activations: Sequence[str], axis: int | None) -> None:
+        self.activations, self.axis = activations, axis
+        # by the id of the program, which is kept as well, as an id may come again
+        self._known: dict[int, tuple[Any, dict[core.Var, Activation], set[core.Var]]] = {}
 
-    def visit(self, eqn: core.JaxprEqn) -> Step:
-        name = self.name(eqn) or ""
+    def _found(self, eqn: core.JaxprEqn, scope: Scope) -> list[Activation] | None:
+        """Returns the activations that an equation ends; [] for a part of one, None for all other equations."""
+        if id(scope.jaxpr) not in self._known:
+            found = formulas.recognized(scope.jaxpr, tuple(formulas.FORMULAS))
+            parts = set[core.Var]().union(*(activation.parts for activation in found.values()))
+            self._known[id(scope.jaxpr)] = scope.jaxpr, found, parts
+        _, found, parts = self._known[id(scope.jaxpr)]
+        if ended := [found[v] for v in eqn.outvars if v in found]:
+            return ended
+        return None if parts.isdisjoint(eqn.outvars) else []
 
-        def differentiated(*args: Any) -> tuple[Sequence[Any], list[Found]]:
-            remedy = "observe inside it: jax.value_and_grad(observe(loss), has_aux=True)"
-            _warn_unseen([name], "a differentiated function", remedy)
-            return bind(eqn, *args), []
+    def names(self, eqn: core.JaxprEqn, scope: Scope) -> list[str] | None:
+        if (name := marks.activation(eqn)) is not None:
+            return [name] if name in self.activations else []
+        if not (found := self._found(eqn, scope)):
+            return found if found is None else []
+        names = [activation.name for activation in found if activation.name in self.activations]
+        # a call may compute others besides, of its own variables; then it is entered
+        inside = [names_in(inner, body, self) for body in scope.inside(eqn) for inner in body.jaxpr.eqns]
+        return names if sum(map(len, inside)) <= len(found) else None
 
-        if marks.is_differentiated(eqn):
+    def visit(self, eqn: core.JaxprEqn, scope: Scope) -> Step:
+        if marks.activation(eqn) and marks.is_differentiated(eqn):
+
+            def differentiated(*args: Any) -> tuple[Sequence[Any], list[Found]]:
+                remedy = "observe inside it: jax.value_and_grad(observe(loss), has_aux=True)"
+                _warn_unseen(self.names(eqn, scope) or [], "a differentiated function", remedy)
+                return bind(eqn, *args), []
+
             return differentiated
-        function, axes = marks.core_of(eqn.params["jaxpr"]), marks.unit_axes(eqn)
+        found = self._asked(eqn, scope)
+        units = [self._units(activation, eqn, scope) for activation in found]
 
         def activation(*args: Any) -> tuple[Sequence[Any], list[Found]]:
-            if axes is None and jnp.ndim(args[0]):
-                given = "was given scalars under vmap, so all its units count as one; apply it to vectors"
-                warnings.warn(f"observe: {name} {given}", stacklevel=2)
-            stats = statistics(*map(lax.stop_gradient, args), function=function, axes=axes)
-            return bind(eqn, *args), [Found(stats, name)]
+            inputs, rest, everything = args[: len(eqn.invars)], iter(args[len(eqn.invars) :]), list[Found]()
+            for (name, _, arguments, function, layouts, _), (axes, doubt) in zip(found, units, strict=True):
+                if doubt:
+                    warnings.warn(f"observe: {name} {doubt}", stacklevel=2)
+                z, *numbers = (lax.stop_gradient(jnp.asarray(next(rest))) for _ in (None, *arguments))
+                if layouts:
+                    z = _laid_out(z, layouts[0])
+                    numbers = [_laid_out(x, layout).astype(z.dtype) for x, layout in zip(numbers, layouts[1:], strict=True)]
+                everything.append(Found(statistics(z, *numbers, function=function, axes=axes), name))
+            return bind(eqn, *inputs), everything
 
         return activation
+
+    def reads(self, eqn: core.JaxprEqn, scope: Scope) -> Sequence[Any]:
+        return [atom for activation in self._asked(eqn, scope) for atom in (activation.z, *activation.arguments)]
+
+    def _asked(self, eqn: core.JaxprEqn, scope: Scope) -> list[Activation]:
+        if not self.names(eqn, scope):
+            return []
+        return [activation for activation in self._found(eqn, scope) or () if activation.name in self.activations]
+
+    def _units(self, activation: Activation, eqn: core.JaxprEqn, scope: Scope) -> tuple[tuple[int, int] | None, str]:
+        """Returns the unit axes of an activation's input and output, None for one unit, and what is in doubt about them."""
+        ndim, layouts = activation.z.aval.ndim, activation.axes
+        if not ndim:
+            return None, ""
+        if self.axis is not None and -ndim <= self.axis < ndim:
+            units = self.axis % ndim
+        elif layouts is None and (marked := marks.unit_axes(eqn)):
+            return marked, ""
+        else:
+            units = formulas.unit_axis(scope, activation.z)
+        doubt = ""
+        if units is None and layouts is None:
+            return None, "was given scalars under vmap, so all its units count as one; apply it to vectors, or pass axis"
+        if units is None:
+            units = ndim - 1
+            if formulas.is_mapped(scope, eqn):
+                doubt = "is under vmap, where nothing shows which axis its units lie along; the last is taken, or pass axis"
+        if layouts is not None:
+            units = layouts[0].index(units)
+        return (units, units), doubt
 
     def branch_not_taken(self, value: UnitStats) -> UnitStats:
         return nothing_seen(value)
@@ -229,3 +308,12 @@ class _Observer(Visitor):
 
 def _warn_unseen(names: Sequence[str], place: str, remedy: str) -> None:
     warnings.warn(f"observe: {', '.join(names)} inside {place} is not seen; {remedy}", stacklevel=2)
+
+
+def _laid_out(x: Array, axes: Sequence[int | None]) -> Array:
+    """Returns x with its axes in this order, and with new ones of size 1 for None."""
+    if axes == tuple(range(x.ndim)):
+        return x
+    kept = [axis for axis in axes if axis is not None]
+    rest = [axis for axis in range(x.ndim) if axis not in kept]
+    return x.transpose(*kept, *rest).reshape([1 if axis is None else x.shape[axis] for axis in axes])

@@ -1,0 +1,341 @@
+"""How to tell an activation in a traced program: by its formula, never by its name.
+
+The expression behind a variable is compared, operation by operation, with a fresh trace of the function, for one number in
+the same dtype. What may stand between two operations, as vmap and shard_map leave it there, is looked through: calls,
+transposes, broadcasts and casts. The functions of this package, while `observe` traces, are told by their marks.
+"""
+
+import functools
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.extend import core
+from jax.extend.core import primitives
+
+from jaxrelu._programs import marks
+from jaxrelu._programs.interpreter import Scope, bodies
+
+__all__ = ["DEFAULT", "FORMULAS", "Activation", "is_mapped", "recognized", "unit_axis"]
+
+
+def _where(x: Array) -> Array:
+    return jnp.where(x > 0, x, 0)
+
+
+FORMULAS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "relu": (jax.nn.relu,),
+    "relu6": (jax.nn.relu6,),
+    "leaky_relu": (jax.nn.leaky_relu,),
+    "prelu": (),  # Flax's and Equinox's is leaky_relu, with an array as its slope
+    "elu": (jax.nn.elu,),
+    "celu": (jax.nn.celu,),
+    "selu": (jax.nn.selu,),
+    "gelu": (jax.nn.gelu, functools.partial(jax.nn.gelu, approximate=False)),
+    "silu": (jax.nn.silu,),
+    "softplus": (jax.nn.softplus,),
+    "mish": (jax.nn.mish,),
+    "squareplus": (jax.nn.squareplus,),
+    "soft_sign": (jax.nn.soft_sign,),
+    "hard_tanh": (jax.nn.hard_tanh,),
+    "hard_sigmoid": (jax.nn.hard_sigmoid,),
+    "hard_silu": (jax.nn.hard_silu,),
+    # from here on: what gates, losses and bounds consist of too
+    "tanh": (jnp.tanh,),
+    "sigmoid": (jax.nn.sigmoid,),
+    "log_sigmoid": (jax.nn.log_sigmoid,),
+    "maximum": (functools.partial(jnp.maximum, 0),),
+    "where": (_where,),
+}
+DEFAULT = tuple(FORMULAS)[: list(FORMULAS).index("tanh")]
+# the second argument of these may be any number or array
+_ARGUMENTS = {jax.nn.leaky_relu: 0.01, jax.nn.elu: 1.0, jax.nn.celu: 1.0, jax.nn.squareplus: 4.0}
+_COMMUTATIVE = (lax.add_p, lax.mul_p, lax.max_p, lax.min_p)
+# these change how an array is kept, and none of its numbers
+_UNCHANGED = ("copy", "copy_p", "name", "pcast", "pvary", "reduce_precision", "sharding_constraint")
+
+Axes = tuple[int | None, ...]  # for each axis of a value, the axis that it is of something that the value is computed from
+
+
+class Place(NamedTuple):
+    """A variable or literal of a program, as a part of a value."""
+
+    scope: Scope
+    atom: Any
+    axes: Axes  # those of the value; of a place that is broadcast, None, or an axis of size 1
+
+    @property
+    def key(self) -> Any:
+        """Places with equal keys hold the same number, or the same array along the same axes."""
+        return float(self.atom.val) if isinstance(self.atom, core.Literal) else (id(self.scope), self.atom, self.axes)
+
+    @property
+    def eqn(self) -> core.JaxprEqn | None:
+        """The equation that computes it; None for literals and inputs."""
+        return None if isinstance(self.atom, core.Literal) else self.scope.made_by.get(self.atom)
+
+    def operand(self, atom: Any) -> "Place":
+        """Returns an input of this place's equation, if that is elementwise."""
+        same = len(atom.aval.shape) == len(self.atom.aval.shape)
+        return self._replace(atom=atom, axes=self.axes if same else (None,) * len(self.axes))
+
+    def within(self) -> "Place":
+        """Returns this output of a call inside what is called."""
+        eqn: Any = self.eqn
+        inner = self.scope.inside(eqn)[0]
+        return Place(inner, inner.jaxpr.outvars[eqn.outvars.index(self.atom)], self.axes)
+
+    def copies(self) -> "Iterator[Place]":
+        """Yields this place, then those it is a copy of: across calls, and through what casts or only moves axes."""
+        place = self
+        while True:
+            yield place
+            scope, atom, axes = place
+            if not isinstance(atom, core.Literal) and atom in scope.given:
+                place = Place(*scope.given[atom], axes)
+            elif (eqn := place.eqn) is None:
+                return
+            elif eqn.primitive.name in ("jit", "remat2"):
+                place = place.within()
+            elif (moved := _moved(eqn)) is not None:
+                place = Place(scope, eqn.invars[0], tuple(None if axis is None else moved[axis] for axis in axes))
+            else:
+                return
+
+    def origin(self) -> "Place":
+        """Returns the last of the copies."""
+        *_, last = self.copies()
+        return last
+
+
+def _whole(scope: Scope, atom: Any) -> Place:
+    return Place(scope, atom, tuple(range(len(atom.aval.shape))))
+
+
+def _moved(eqn: Any) -> Axes | None:
+    """Returns which axis of its input each axis of an equation's output is, None for a new one; None if it computes."""
+    name, params, out = eqn.primitive.name, eqn.params, eqn.outvars[0].aval
+    shape: Any = eqn.invars[0].aval.shape if eqn.invars else ()
+    if name == "transpose":
+        return params["permutation"]
+    if name == "squeeze":
+        return tuple(axis for axis in range(len(shape)) if axis not in params["dimensions"])
+    if name == "broadcast_in_dim":
+        back = {axis: i for i, axis in enumerate(params["broadcast_dimensions"]) if shape[i] == out.shape[axis]}
+        return tuple(back.get(axis) for axis in range(len(out.shape)))
+    if name == "reshape":  # an axis is the same one if its size is, and the size of all before it
+        before = [(math.prod(shape[:i]), n) for i, n in enumerate(shape)]
+        after = [(math.prod(out.shape[:i]), n) for i, n in enumerate(out.shape)]
+        return tuple(before.index(x) if x in before else None for x in after)
+    casts = name == "convert_element_type" and jnp.issubdtype(out.dtype, jnp.floating)
+    marked = name == "split" and len(eqn.outvars) == 1
+    return tuple(range(len(shape))) if name in _UNCHANGED or casts or marked else None
+
+
+class Activation(NamedTuple):
+    """An activation: its value is `function(z, *arguments)`."""
+
+    name: str
+    z: Any  # the variable of the pre-activation
+    arguments: tuple[Any, ...]  # slope or alpha: literals and variables
+    function: Callable[..., Array]
+    # for z and each argument, which of its axes each axis of the value is; None for functions of this package
+    axes: tuple[Axes, ...] | None
+    parts: frozenset[core.Var]  # the results of the equations between z and the value
+
+
+class _Formula(NamedTuple):
+    name: str
+    function: Callable[..., Array]
+    root: Place
+    leaves: tuple[core.Var, ...]  # x, then slope or alpha
+
+
+@functools.lru_cache
+def _formulas(dtype: Any) -> dict[Any, list[_Formula]]:
+    """Returns the formulas in a dtype by their last operation. They are traced for numbers, so that they hold no array."""
+    found: dict[Any, list[_Formula]] = {}
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16:
+        for name, function in ((name, function) for name, functions in FORMULAS.items() for function in functions):
+            arguments = (_ARGUMENTS[function],) if function in _ARGUMENTS else ()
+            scope = Scope(jax.make_jaxpr(function)(jax.ShapeDtypeStruct((), dtype), *arguments))
+            root: Any = _whole(scope, scope.jaxpr.outvars[0]).origin()
+            found.setdefault(root.eqn.primitive, []).append(_Formula(name, function, root, tuple(scope.jaxpr.invars)))
+    return found
+
+
+class _Match:
+    """The comparison of an expression with a formula."""
+
+    def __init__(self, leaves: Sequence[core.Var], rules: bool = True) -> None:
+        self.leaves, self.rules = leaves, rules  # the arguments of the formula; whether derivative rules are compared too
+        self.bound: dict[core.Var, list[Place]] = {}  # for each argument, the copies of what it stands for
+        self.passed: list[Place] = []  # all other places in the expression
+
+    def fits(self, formula: Place, place: Place) -> bool:
+        """Returns whether the expression behind a place is that behind a place of the formula."""
+        wanted, copies = formula.origin(), list(place.copies())
+        found = copies[-1]
+        if wanted.atom in self.leaves:
+            return self.bound.setdefault(wanted.atom, copies)[-1].key == found.key
+        if isinstance(wanted.atom, core.Literal):  # a number is rounded to the dtype in which it is used
+            number, dtype = getattr(found.atom, "val", None), formula.atom.aval.dtype
+            return number is not None and bool(np.asarray(wanted.atom.val, dtype) == np.asarray(number, dtype))
+        a, b = wanted.eqn, found.eqn
+        if a is None or b is None or a.primitive is not b.primitive:
+            return False
+        self.passed += copies
+        if a.primitive is primitives.custom_jvp_call_p:
+            return self.fits(wanted.within(), found.within()) and (not self.rules or _same_rule(wanted, found))
+        if a.params != b.params:
+            return False
+        operands = [wanted.operand(v) for v in a.invars]
+        order = [found.operand(v) for v in b.invars]
+        before = dict(self.bound), len(self.passed)
+        for places in (order, order[::-1]) if a.primitive in _COMMUTATIVE else (order,):
+            if len(operands) == len(places) and all(map(self.fits, operands, places)):
+                return True
+            self.bound = dict(before[0])
+            del self.passed[before[1] :]
+        return False
+
+    def activation(self, formula: _Formula, scope: Scope, value: Any) -> Activation | None:
+        """Returns the activation that was found, if its arguments are variables of a program."""
+        bound = [self.bound.get(leaf, []) for leaf in formula.leaves]
+        # what stands for an argument in this program itself; what calls do with it shows in the axes
+        places = [next((p for p in copies if p.scope is scope), copies[-1]) for copies in bound if copies]
+        z, *arguments = places
+        if len(places) < len(bound) or z.scope is not scope or isinstance(z.atom, core.Literal):
+            return None
+        for place in arguments:
+            # a slope computed for each number, as in where(x >= 0, x, f(x) * x), is another activation
+            computed = place.origin().eqn and place.atom.aval.size >= value.aval.size
+            if computed or not (isinstance(place.atom, core.Literal) or place.scope is scope):
+                return None
+        atoms = tuple(place.atom for place in arguments)
+        learned = formula.name == "leaky_relu" and not isinstance(atoms[0], core.Literal)
+        parts = frozenset(p.atom for p in self.passed if p.scope is scope and p.atom is not value)
+        axes = tuple(place.axes for place in places)
+        return Activation("prelu" if learned else formula.name, z.atom, atoms, formula.function, axes, parts)
+
+
+def _same_rule(a: Place, b: Place) -> bool:
+    """Returns whether the derivative rules of two custom_jvp functions are the same, as far as these places need it."""
+    scopes = [place.scope.derivative(place.eqn) for place in (a, b)]
+    places = [_whole(scope, scope.jaxpr.outvars[0]) for scope in scopes]
+    leaves, inputs = (scope.jaxpr.invars for scope in scopes)
+    match = _Match(leaves, rules=False)  # as a rule may call its own function
+    same = match.fits(*places)
+    return same and all(match.bound[v][-1].atom is w for v, w in zip(leaves, inputs, strict=True) if v in match.bound)
+
+
+def recognized(jaxpr: Any, names: Sequence[str] | None = None) -> dict[core.Var, Activation]:
+    """Returns the activations in a program whose value and pre-activation are both variables of it, by that of the value.
+
+    An expression that is a part of a larger one is left out: the tanh in mish is no activation.
+
+    Args:
+        jaxpr: the program. A call in it, such as jit, may compute an activation, or a part of one, of the program's
+            variables; what it computes of its own is found where the jaxpr that it calls is given.
+        names: which of FORMULAS are looked for, DEFAULT if None; the functions of this package have the same names.
+    """
+    scope, own, matches = Scope(jaxpr), dict[core.Var, Activation](), list[tuple[core.Var, Activation, list[Any]]]()
+    for eqn in scope.jaxpr.eqns:
+        if (name := marks.activation(eqn)) is not None:
+            if name in FORMULAS and not marks.is_differentiated(eqn):
+                function = marks.core_of(eqn.params["jaxpr"])
+                own[eqn.outvars[0]] = Activation(name, eqn.invars[0], tuple(eqn.invars[1:]), function, None, frozenset())
+            continue
+        for v in eqn.outvars:
+            if not hasattr(v.aval, "dtype"):
+                continue
+            root, *copies = reversed(list(_whole(scope, v).copies()))
+            # where it is a copy of another variable of this program, that one is the activation
+            if root.eqn is None or any(place.scope is scope for place in (root, *copies)[:-1]):
+                continue
+            for formula in _formulas(v.aval.dtype).get(root.eqn.primitive, ()):
+                match = _Match(formula.leaves)
+                if match.fits(formula.root, _whole(scope, v)) and (found := match.activation(formula, scope, v)):
+                    matches.append((v, found, [place[:2] for place in match.passed]))
+    taken = set[Any]()
+    for v, found, keys in sorted(matches, key=lambda match: -len(match[2])):
+        if _whole(scope, v).origin()[:2] not in taken:
+            own[v] = found
+            taken.update(keys)
+    return {v: found for v, found in own.items() if found.name in (DEFAULT if names is None else names)}
+
+
+def is_mapped(scope: Scope, eqn: core.JaxprEqn | None) -> bool:
+    """Returns whether vmap stands around an equation."""
+    if eqn is not None and "vmap(" in str(eqn.source_info.name_stack):
+        return True
+    return scope.outside is not None and is_mapped(scope.outside, scope.call)
+
+
+def unit_axis(scope: Scope, z: Any) -> int | None:
+    """Returns the axis along which a layer's units lie in a pre-activation; None if its program does not show it.
+
+    It is that of the outputs of the nearest convolution, or product with weights, found by going back through what keeps
+    the axes. Where it does not show which of two arrays are the weights, that of a bias or scale on the way decides.
+    """
+    places, seen, guess, bias = deque([_whole(scope, z)]), set[Any](), list[int](), list[int]()
+    while places:
+        place = places.popleft().origin()
+        if place[:2] in seen:
+            continue
+        seen.add(place[:2])
+        eqn = place.eqn
+        if eqn is None:
+            bias += [] if len(seen) == 1 else _units_of_bias(place)  # z itself is none
+            continue
+        if eqn.primitive is lax.conv_general_dilated_p:
+            axes, certain = [eqn.params["dimension_numbers"].out_spec[1]], True
+        elif eqn.primitive is lax.dot_general_p:
+            axes, certain = _outputs_of_product(place)
+        else:
+            ndim = len(place.atom.aval.shape)
+            same = [v for v in eqn.invars if isinstance(v, core.Var) and len(getattr(v.aval, "shape", ())) == ndim]
+            if ndim and (eqn.primitive is primitives.custom_jvp_call_p or not bodies(eqn)):
+                places += [place._replace(atom=v) for v in same]
+            continue
+        units = [i for i, axis in enumerate(place.axes) if axis in axes]
+        if units and certain:
+            return units[-1]
+        guess += units[-1:]
+    return next(iter((*bias, *guess)), None)
+
+
+def _is_parameter(place: Place) -> bool:
+    """Returns whether a place is a float array that the program is given, and no state of a loop."""
+    last = place.origin()
+    return last.eqn is None and last.atom not in last.scope.carried and jnp.issubdtype(last.atom.aval.dtype, jnp.floating)
+
+
+def _units_of_bias(place: Place) -> list[int]:
+    """Returns the axis along which an input has one number for each unit, if it is a bias or a scale, in a list."""
+    shape = place.atom.aval.shape
+    long = [i for i, axis in enumerate(place.axes) if axis is not None and shape[axis] != 1]
+    # along the first of several axes, it would have one number for each example
+    fits = len(long) == sum(n != 1 for n in shape) == 1 and (long != [0] or len(place.axes) == 1)
+    return long if fits and _is_parameter(place) else []
+
+
+def _outputs_of_product(place: Place) -> tuple[list[int], bool]:
+    """Returns the axes of a dot_general's output that its weights give it, and whether it is certain which those are."""
+    eqn: Any = place.eqn
+    contracted, batch = eqn.params["dimension_numbers"]
+    free = [
+        [axis for axis in range(len(v.aval.shape)) if axis not in (*contracted[i], *batch[i])]
+        for i, v in enumerate(eqn.invars)
+    ]
+    left, right = (_is_parameter(_whole(place.scope, v)) for v in eqn.invars)
+    # x @ w, but vmap makes of w @ x a product that sums over the last axes of both
+    last = all(axes[-1:] == (len(v.aval.shape) - 1,) for axes, v in zip(contracted, eqn.invars, strict=True))
+    lhs = left and (not right or (last and is_mapped(place.scope, eqn)))
+    start = len(batch[0]) + (0 if lhs else len(free[0]))
+    return list(range(start, start + len(free[0 if lhs else 1]))), left != right
