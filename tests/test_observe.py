@@ -1,5 +1,6 @@
 import functools
 import gc
+import math
 import warnings
 from collections import OrderedDict
 
@@ -84,6 +85,179 @@ def test_every_activation_is_seen(case: Case):
     np.testing.assert_allclose(stats.zero_gradient, (slope == 0).mean(0), rtol=1e-6)
     np.testing.assert_allclose(stats.dormancy, output / output.mean(), rtol=1e-5)
     np.testing.assert_array_equal(stats.fired, (z > 0).sum(0))
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def softplus(z):
+    return np.log1p(np.exp(z))
+
+
+def elu(z, alpha=1.0):
+    return np.where(z > 0, z, alpha * np.expm1(np.minimum(z, 0)))
+
+
+# of jax.nn's, by name: the value, and where the derivative is 0
+OF_JAX_NN = {
+    "relu": (lambda z: np.maximum(z, 0), lambda z: z <= 0),
+    "relu6": (lambda z: np.clip(z, 0, 6), lambda z: (z <= 0) | (z >= 6)),
+    "leaky_relu": (lambda z: np.where(z > 0, z, 0.01 * z), None),
+    "elu": (elu, None),
+    "celu": (elu, None),
+    "selu": (lambda z: 1.0507009873554805 * elu(z, 1.6732632423543772), None),
+    "gelu": (lambda z: z * np.vectorize(lambda z: (1 + math.erf(z / 2**0.5)) / 2)(z), None),
+    "silu": (lambda z: z * sigmoid(z), None),
+    "softplus": (softplus, None),
+    "mish": (lambda z: z * np.tanh(softplus(z)), None),
+    "squareplus": (lambda z: (z + np.sqrt(z * z + 4)) / 2, None),
+    "soft_sign": (lambda z: z / (1 + np.abs(z)), None),
+    "hard_tanh": (lambda z: np.clip(z, -1, 1), lambda z: abs(z) >= 1),
+    "hard_sigmoid": (lambda z: np.clip(z + 3, 0, 6) / 6, lambda z: abs(z) >= 3),
+    "hard_silu": (lambda z: z * np.clip(z + 3, 0, 6) / 6, lambda z: z <= -3),
+    "tanh": (np.tanh, None),
+    "sigmoid": (sigmoid, None),
+}
+
+
+@quick
+def test_activations_of_jax_nn():
+    @jax.jit
+    @functools.partial(observe, activations=tuple(OF_JAX_NN))
+    def f(x):
+        gelu = functools.partial(jax.nn.gelu, approximate=False)
+        functions = {name: getattr(jax.nn, name) for name in OF_JAX_NN} | {"gelu": gelu}
+        return {name: function(4 * x) for name, function in functions.items()}
+
+    out, stats = f(X)
+    z = 4 * np.asarray(X, np.float64)
+    assert list(stats) == list(OF_JAX_NN)
+    for name, (value, is_flat) in OF_JAX_NN.items():
+        np.testing.assert_allclose(out[name], value(z), atol=1e-5)
+        output = np.abs(value(z)).mean(0)
+        np.testing.assert_allclose(stats[name].dormancy, output / output.mean(), rtol=1e-5, err_msg=name)
+        np.testing.assert_array_equal(stats[name].fired, (z > 0).sum(0))
+        zeros = is_flat(z) if is_flat else np.zeros_like(z)
+        np.testing.assert_allclose(stats[name].zero_gradient, zeros.mean(0), rtol=1e-6, err_msg=name)
+
+
+OTHERS = np.random.default_rng(1)
+V, BIAS = (OTHERS.normal(size=shape).astype(np.float32) for shape in ((5, 3), (5,)))
+IMAGES, KERNEL = (OTHERS.normal(size=shape).astype(np.float32) for shape in ((7, 2, 8, 9), (4, 2, 3, 3)))
+
+
+def one_example(x):
+    """A layer for one example, with its activation for one number, as in Equinox's MLP."""
+    return jax.vmap(jax.nn.relu)(V @ x + BIAS)
+
+
+def one_image(x):
+    """A layer for one image with channels first, as Equinox's Conv2d."""
+    z = lax.conv_general_dilated(x[None], KERNEL, (1, 1), "SAME")[0]
+    return jnp.where(z >= 0, z, jnp.float32(0.25) * z)  # as Flax and Equinox write it
+
+
+@quick
+def test_one_example_at_a_time_and_channels_first():
+    def f(x, images):
+        with jax.named_scope("mlp"):
+            y = jax.vmap(one_example)(x)
+        return y, jax.vmap(one_example, in_axes=1, out_axes=1)(x.T), jax.vmap(one_image)(images)
+
+    stats = assert_saw(f, X, IMAGES, names=["mlp/relu", "relu", "leaky_relu"])
+    assert_stats(stats["mlp/relu"], X @ V.T + BIAS)
+    assert_stats(stats["relu"], X @ V.T + BIAS)
+    z = np.asarray(lax.conv_general_dilated(IMAGES, KERNEL, (1, 1), "SAME"))
+    np.testing.assert_array_equal(stats["leaky_relu"].fired, (z > 0).sum((0, 2, 3)))
+    np.testing.assert_allclose(stats["leaky_relu"].max, z.max((0, 2, 3)), rtol=1e-5)
+    output = np.abs(np.where(z > 0, z, 0.25 * z)).mean((0, 2, 3))
+    np.testing.assert_allclose(stats["leaky_relu"].dormancy, output / output.mean(), rtol=1e-5)
+
+
+def layer(x):
+    return jax.nn.relu(jax.vmap(lambda x: V @ x + BIAS)(x))
+
+
+@quick
+def test_wherever_an_activation_of_jax_nn_is_called():
+    mesh = jax.make_mesh((7,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:7])
+    z = X @ V.T + BIAS
+    for f in (
+        *(jax.jit(layer), jax.checkpoint(layer), jax.jit(jax.checkpoint(lambda x: jax.nn.relu(x @ V.T + BIAS)))),
+        lambda x: lax.cond(x.sum() < 1e9, layer, lambda x: x @ V.T, x),
+        lambda x: lax.scan(lambda carry, _: (carry, layer(carry)), x, length=1)[1][0],
+        lambda x: jax.jit(jax.nn.relu)(x @ V.T + BIAS),
+        lambda x: jax.checkpoint(lambda z: 2 * jax.nn.relu(z))(jax.vmap(lambda x: V @ x + BIAS)(x)),
+        jax.shard_map(layer, mesh=mesh, in_specs=P("data"), out_specs=P("data")),
+        lambda x: jax.value_and_grad(lambda x: layer(x).sum())(x),
+        lambda x: jax.value_and_grad(jax.jit(lambda x: layer(x).sum()))(x),
+        lambda x: jax.value_and_grad(jax.checkpoint(lambda x: layer(x).sum()))(x),
+    ):
+        ((name, stats),) = jax.jit(observe(f))(X)[1].items()
+        assert name == "relu"
+        assert stats.fired.ravel().tolist() == (z > 0).sum(0).tolist()
+        np.testing.assert_allclose(stats.max.ravel(), z.max(0), rtol=1e-5)
+
+
+@quick
+def test_a_call_that_computes_several():
+    @jax.jit
+    def both(x):
+        y = jax.nn.relu(x)
+        return y, jax.nn.elu(x), jax.nn.relu(y @ W)
+
+    assert list(jax.jit(observe(both))(X)[1]) == ["relu", "elu", "relu_1"]
+    assert list(jax.jit(observe(lambda x: jax.jit(lambda x: (jax.nn.relu(x), jax.nn.elu(x)))(x)))(X)[1]) == ["relu", "elu"]
+
+
+@quick
+def test_prelu_of_flax():
+    linen, nnx_prelu = nn.PReLU(), nnx.PReLU(0.5)
+    variables = linen.init(jax.random.key(0), X)
+
+    def f(variables, x):
+        return linen.apply(variables, x), nnx_prelu(x)
+
+    stats = jax.jit(observe(f))(variables, X)[1]
+    assert list(stats) == ["PReLU/prelu", "prelu"]
+    for slope, layer in zip((0.01, 0.5), stats.values(), strict=True):
+        output = np.abs(np.where(X > 0, X, slope * X)).mean(0)
+        np.testing.assert_allclose(layer.dormancy, output / output.mean(), rtol=1e-5)
+    # slopes that vmap maps, and pre-activations that it does not
+    slopes = jnp.array([0.0, 0.5])
+    (layer,) = jax.jit(observe(jax.vmap(lambda s: jax.nn.leaky_relu(X, s)), axis=-1))(slopes)[1].values()
+    assert layer.count == 14
+    np.testing.assert_allclose(layer.zero_gradient, (X < 0).mean(0) / 2, rtol=1e-6)
+
+
+@quick
+def test_which_activations_and_which_axis():
+    def f(x):
+        return jnp.tanh(jnp.maximum(jaxrelu.relu(jax.nn.elu(x)), 0))
+
+    for names in (("elu",), ("relu",), ("elu", "tanh"), ("relu", "maximum")):
+        assert set(jax.jit(observe(f, activations=names))(X)[1]) == set(names)
+    for axis, units in ((0, 7), (-2, 7), (1, 3), (-1, 3), (2, 3), (-3, 3)):
+        stats = jax.jit(observe(f, axis=axis))(X)[1]
+        assert {layer.fired.shape for layer in stats.values()} == {(units,)}
+    for wrong in ("relu", (1,), 3):
+        with pytest.raises(TypeError, match="observe: activations must be a tuple of names, got"):
+            observe(f, activations=wrong)
+    with pytest.raises(ValueError, match=r"observe: activations must be among relu, .*, got swish"):
+        observe(f, activations=["relu", "swish"])
+    for wrong in (1.0, True, "last"):
+        with pytest.raises(TypeError, match="observe: axis must be an int or None"):
+            observe(f, axis=wrong)
+
+
+@quick
+def test_an_unknown_unit_axis_under_vmap_warns():
+    with pytest.warns(UserWarning, match="observe: elu is under vmap, where nothing shows which axis its units lie along"):
+        stats = jax.jit(observe(jax.vmap(jax.nn.elu)))(X)[1]["elu"]
+    assert stats.fired.shape == (3,)
+    assert jax.jit(observe(jax.vmap(jax.nn.elu), axis=-1))(X)[1]["elu"].fired.shape == (3,)
+    assert observe(jax.nn.elu)(X)[1]["elu"].fired.shape == (3,)
 
 
 def test_names_carry_scopes_and_are_unique():
@@ -315,6 +489,8 @@ def test_devices_that_do_the_same_work_count_once():
     ("name", "f"),
     [
         ("while", lambda x: lax.while_loop(lambda x: x.sum() > 1, lambda x: jaxrelu.relu(x) / 2, x)),
+        ("while", lambda x: lax.while_loop(lambda x: x.sum() > 1, lambda x: jax.nn.elu(x) / 2, x)),
+        ("custom_vjp_call", lambda x: custom_of_jax_nn(x)),
         ("custom_vjp_call", lambda x: custom(x)),
         ("custom_jvp_call", lambda x: custom_forward(x)),
         ("differentiated", jax.grad(lambda x: jaxrelu.elu(x).sum())),
@@ -340,6 +516,12 @@ def custom(x):
     return jaxrelu.relu(x)
 
 
+@jax.custom_vjp
+def custom_of_jax_nn(x):
+    return jax.nn.relu(x)
+
+
+custom_of_jax_nn.defvjp(lambda x: (custom_of_jax_nn(x), None), lambda _, g: (g,))
 custom.defvjp(lambda x: (custom(x), None), lambda _, g: (g,))
 
 

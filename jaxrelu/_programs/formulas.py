@@ -57,7 +57,7 @@ DEFAULT = tuple(FORMULAS)[: list(FORMULAS).index("tanh")]
 _ARGUMENTS = {jax.nn.leaky_relu: 0.01, jax.nn.elu: 1.0, jax.nn.celu: 1.0, jax.nn.squareplus: 4.0}
 _COMMUTATIVE = (lax.add_p, lax.mul_p, lax.max_p, lax.min_p)
 # these change how an array is kept, and none of its numbers
-_UNCHANGED = ("copy", "copy_p", "name", "pcast", "pvary", "reduce_precision", "sharding_constraint")
+_UNCHANGED = ("copy", "copy_p", "name", "pcast", "pvary", "reduce_precision", "reshard", "sharding_constraint")
 
 Axes = tuple[int | None, ...]  # for each axis of a value, the axis that it is of something that the value is computed from
 
@@ -132,7 +132,8 @@ def _moved(eqn: Any) -> Axes | None:
         before = [(math.prod(shape[:i]), n) for i, n in enumerate(shape)]
         after = [(math.prod(out.shape[:i]), n) for i, n in enumerate(out.shape)]
         return tuple(before.index(x) if x in before else None for x in after)
-    casts = name == "convert_element_type" and jnp.issubdtype(out.dtype, jnp.floating)
+    floats = jnp.issubdtype(out.dtype, jnp.floating)
+    casts = name == "convert_element_type" and (floats or out.dtype == eqn.invars[0].aval.dtype)
     marked = name == "split" and len(eqn.outvars) == 1
     return tuple(range(len(shape))) if name in _UNCHANGED or casts or marked else None
 
@@ -240,11 +241,12 @@ def recognized(jaxpr: Any, names: Sequence[str] | None = None) -> dict[core.Var,
     An expression that is a part of a larger one is left out: the tanh in mish is no activation.
 
     Args:
-        jaxpr: the program. A call in it, such as jit, may compute an activation, or a part of one, of the program's
-            variables; what it computes of its own is found where the jaxpr that it calls is given.
+        jaxpr: the program, or its scope. A call in it, such as jit, may compute an activation of the program's variables, or
+            part of one; what it computes of its own is found where the jaxpr that it calls is given.
         names: which of FORMULAS are looked for, DEFAULT if None; the functions of this package have the same names.
     """
-    scope, own, matches = Scope(jaxpr), dict[core.Var, Activation](), list[tuple[core.Var, Activation, list[Any]]]()
+    scope = jaxpr if isinstance(jaxpr, Scope) else Scope(jaxpr)
+    own, matches = dict[core.Var, Activation](), list[tuple[core.Var, Activation, list[Any]]]()
     for eqn in scope.jaxpr.eqns:
         if (name := marks.activation(eqn)) is not None:
             if name in FORMULAS and not marks.is_differentiated(eqn):
@@ -267,7 +269,9 @@ def recognized(jaxpr: Any, names: Sequence[str] | None = None) -> dict[core.Var,
         if _whole(scope, v).origin()[:2] not in taken:
             own[v] = found
             taken.update(keys)
-    return {v: found for v, found in own.items() if found.name in (DEFAULT if names is None else names)}
+    asked = DEFAULT if names is None else names
+    ordered = (v for eqn in scope.jaxpr.eqns for v in eqn.outvars if v in own)
+    return {v: own[v] for v in ordered if own[v].name in asked}
 
 
 def is_mapped(scope: Scope, eqn: core.JaxprEqn | None) -> bool:
@@ -286,7 +290,7 @@ def unit_axis(scope: Scope, z: Any) -> int | None:
     places, seen, guess, bias = deque([_whole(scope, z)]), set[Any](), list[int](), list[int]()
     while places:
         place = places.popleft().origin()
-        if place[:2] in seen:
+        if isinstance(place.atom, core.Literal) or place[:2] in seen:
             continue
         seen.add(place[:2])
         eqn = place.eqn
@@ -329,13 +333,13 @@ def _outputs_of_product(place: Place) -> tuple[list[int], bool]:
     """Returns the axes of a dot_general's output that its weights give it, and whether it is certain which those are."""
     eqn: Any = place.eqn
     contracted, batch = eqn.params["dimension_numbers"]
-    free = [
-        [axis for axis in range(len(v.aval.shape)) if axis not in (*contracted[i], *batch[i])]
-        for i, v in enumerate(eqn.invars)
-    ]
+    ranks = [len(v.aval.shape) for v in eqn.invars]
+    free = [n - len(contracted[0]) - len(batch[0]) for n in ranks]
     left, right = (_is_parameter(_whole(place.scope, v)) for v in eqn.invars)
-    # x @ w, but vmap makes of w @ x a product that sums over the last axes of both
-    last = all(axes[-1:] == (len(v.aval.shape) - 1,) for axes, v in zip(contracted, eqn.invars, strict=True))
-    lhs = left and (not right or (last and is_mapped(place.scope, eqn)))
-    start = len(batch[0]) + (0 if lhs else len(free[0]))
-    return list(range(start, start + len(free[0 if lhs else 1]))), left != right
+    mapped = is_mapped(place.scope, eqn)
+    # if both may be: x @ w, but vmap makes of w @ x a product that sums over the last axes of both
+    last = all(axes[-1:] == (n - 1,) for axes, n in zip(contracted, ranks, strict=True))
+    first = left and not (right and not (last and mapped))
+    start, size = (len(batch[0]), free[0]) if first else (len(batch[0]) + free[0], free[1])
+    certain = left != right or (not mapped and free[0] > free[1] == 1)
+    return list(range(start, start + size)) if left or right else [], certain

@@ -62,12 +62,23 @@ class Scope:
     def derivative(self, eqn: Any) -> "Scope":
         """Returns the forward derivative of an equation with one output, as a program of its inputs and their tangents."""
         if ("derivative", eqn) not in self._inside:
-            inputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+            inputs = [v.aval for v in eqn.invars]
 
             def tangent(*args: Any) -> Any:
                 return jax.jvp(functools.partial(bind, eqn), args[: len(inputs)], args[len(inputs) :])[1]
 
-            self._inside["derivative", eqn] = Scope(jax.make_jaxpr(tangent)(*inputs, *inputs))
+            def trace() -> tuple[()]:
+                with eqn.ctx.manager:
+                    self._inside["derivative", eqn] = Scope(jax.make_jaxpr(tangent)(*inputs, *inputs))
+                return ()
+
+            varying = set().union(*(aval.manual_axis_type.varying for aval in inputs))
+            if varying <= set(jax.sharding.get_abstract_mesh().manual_axes):
+                trace()
+            else:  # what varies along the axes of a mesh can be traced in a shard_map only
+                mesh = inputs[0].sharding.mesh
+                mesh = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names)
+                jax.eval_shape(jax.shard_map(trace, mesh=mesh, in_specs=(), out_specs=()))
         return self._inside["derivative", eqn]
 
 
@@ -124,6 +135,8 @@ def names_in(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> list[str]:
 
     Where an equation calls what is no jaxpr, as a callback does, they are "any activation".
     """
+    if eqn.params.get("differentiated"):  # of a remat: a backward pass computes again what was seen before
+        return []
     if (names := visitor.names(eqn, scope)) is not None:
         return sorted(set(names))
     if not (inside := scope.inside(eqn)) and eqn.primitive.name in _OPAQUE:

@@ -66,7 +66,7 @@ def observe(
     squareplus, soft_sign, hard_tanh, hard_sigmoid and hard_silu of jax.nn; and PReLU of Flax and Equinox: under jit, scan,
     remat, cond, shard_map and vmap, and in a gradient that `f` computes. It knows those of others by their formula, and by
     the derivative rule that belongs to it, in float16, bfloat16, float32 and float64, so that other frameworks may call them
-    by other names. What Haiku writes as `maximum(x, 0)` is seen if asked for.
+    by other names.
 
     The units of a layer lie along one axis of the activation's input; all other axes, those that vmap maps and the devices
     of a mesh, hold examples. For a function of this package it is the last axis, as the code inside vmap sees it. For others
@@ -116,7 +116,7 @@ def observe(
         raise TypeError(f"observe: f must be a function, got {f!r}; pass the model, not its output")
     if activations is None:
         activations = formulas.DEFAULT
-    elif isinstance(activations, str) or not all(isinstance(name, str) for name in activations):
+    elif not (isinstance(activations, (tuple, list)) and all(isinstance(name, str) for name in activations)):
         raise TypeError(f'observe: activations must be a tuple of names, got {activations!r}; pass ("relu", "tanh"), say')
     elif unknown := [name for name in activations if name not in formulas.FORMULAS]:
         raise ValueError(f"observe: activations must be among {', '.join(formulas.FORMULAS)}, got {', '.join(unknown)}")
@@ -213,16 +213,14 @@ class _Observer(Visitor):
 
     def __init__(self, activations: Sequence[str], axis: int | None) -> None:
         self.activations, self.axis = activations, axis
-        # by the id of the program, which is kept as well, as an id may come again
-        self._known: dict[int, tuple[Any, dict[core.Var, Activation], set[core.Var]]] = {}
+        self._known: dict[Scope, tuple[dict[core.Var, Activation], set[core.Var]]] = {}
 
     def _found(self, eqn: core.JaxprEqn, scope: Scope) -> list[Activation] | None:
         """Returns the activations that an equation ends; [] for a part of one, None for all other equations."""
-        if id(scope.jaxpr) not in self._known:
-            found = formulas.recognized(scope.jaxpr, tuple(formulas.FORMULAS))
-            parts = set[core.Var]().union(*(activation.parts for activation in found.values()))
-            self._known[id(scope.jaxpr)] = scope.jaxpr, found, parts
-        _, found, parts = self._known[id(scope.jaxpr)]
+        if scope not in self._known:
+            found = formulas.recognized(scope, tuple(formulas.FORMULAS))
+            self._known[scope] = found, set[core.Var]().union(*(activation.parts for activation in found.values()))
+        found, parts = self._known[scope]
         if ended := [found[v] for v in eqn.outvars if v in found]:
             return ended
         return None if parts.isdisjoint(eqn.outvars) else []
