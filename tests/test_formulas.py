@@ -4,19 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax import export, lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxrelu
 from jaxrelu._lowering import observed
 from jaxrelu._programs import formulas
-from jaxrelu._programs.formulas import FORMULAS, recognized, unit_axis
+from jaxrelu._programs.formulas import NAMES, recognized, unit_axis
 from jaxrelu._programs.interpreter import Scope
 
-EACH = [(name, function) for name, functions in FORMULAS.items() for function in functions]
+EACH = formulas._FUNCTIONS
+FUNCTIONS = dict(reversed(EACH))
 DEFAULT = [name for name, _ in EACH if name in formulas.DEFAULT]
-ALL = tuple(FORMULAS)
 F32 = jnp.float32
 
 
@@ -27,11 +27,11 @@ def array(*shape, dtype=F32):
 X, Z, W, V, B = array(7, 3), array(7, 5), array(3, 5), array(5, 3), array(5)
 
 
-def found(f, *args, names=ALL):
+def found(f, *args, names=NAMES):
     return list(recognized(jax.make_jaxpr(f)(*args), names).values())
 
 
-def names_of(f, *args, names=ALL):
+def names_of(f, *args, names=NAMES):
     return [activation.name for activation in found(f, *args, names=names)]
 
 
@@ -108,8 +108,8 @@ def test_what_is_alike_is_not_taken():
 
 
 def test_what_gates_and_losses_use_is_taken_if_asked_for():
-    for name in ALL[len(formulas.DEFAULT) :]:
-        (function,) = FORMULAS[name]
+    for name in NAMES[len(formulas.DEFAULT) :]:
+        function = FUNCTIONS[name]
         assert not found(function, X, names=None)
         assert names_of(function, X, names=(name, "relu")) == [name]
         assert not found(function, X, names=("relu",))
@@ -117,8 +117,8 @@ def test_what_gates_and_losses_use_is_taken_if_asked_for():
 
 def test_the_largest_formula_claims_its_parts():
     for name, parts in (("mish", ("softplus", "tanh")), ("silu", ("sigmoid",)), ("gelu", ("tanh",)), ("celu", ("maximum",))):
-        assert not names_of(FORMULAS[name][0], X, names=parts)
-        assert names_of(lambda x, f=FORMULAS[name][0]: jnp.tanh(f(x)), X) == [name, "tanh"]
+        assert not names_of(FUNCTIONS[name], X, names=parts)
+        assert names_of(lambda x, f=FUNCTIONS[name]: jnp.tanh(f(x)), X) == [name, "tanh"]
     assert not found(lambda x: -jax.nn.log_sigmoid(-x), X, names=None)  # a loss: no softplus
 
 
@@ -202,7 +202,7 @@ def test_our_own_are_known_by_their_mark():
 
 def axis_of(f, *args, name="relu"):
     scope = Scope(jax.make_jaxpr(f)(*args))
-    (activation,) = (a for a in recognized(scope, ALL).values() if a.name == name)
+    (activation,) = (a for a in recognized(scope, NAMES).values() if a.name == name)
     return unit_axis(scope, activation.z)
 
 
@@ -279,6 +279,16 @@ OTHERS = {
     ),
     "input": (None, lambda x: relu(x), array(1, 5)),
 }
+
+
+def test_a_batch_of_unknown_size():
+    (batch,) = export.symbolic_shape("batch")
+    x = array(batch, 3)
+    assert axis_of(lambda x, w, b: relu(x @ w + b), x, W, B) == 1
+    for f in (in_a_row, jax.vmap(in_a_row), jax.vmap(in_a_row, in_axes=1)):
+        assert names_of(f, x) == DEFAULT
+    assert found(lambda x: jax.nn.leaky_relu(x, jnp.tanh(x[:1])), x)
+    assert not found(lambda x: jax.nn.leaky_relu(x, jnp.tanh(x)), x, names=None)
 
 
 @pytest.mark.parametrize("case", [*PRODUCTS.items(), *OTHERS.items()], ids=lambda case: case[0].replace(" ", "-"))

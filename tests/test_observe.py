@@ -726,7 +726,10 @@ def test_scalars_under_vmap_are_one_unit_with_a_warning():
     assert stats.fired.tolist() == [(X[:, 0] > 0).sum()]
     assert stats.count == 7
     # as Equinox's MLP calls it, behind a product
-    assert_stats(jax.jit(observe(jax.vmap(lambda x: jax.vmap(jaxrelu.relu)(x @ W))))(X)[1]["relu"], X @ W)
+    for f, x in ((lambda x: x @ W, X), (lambda x: V @ x, X.T)):
+        axis = int(f(jnp.ones(3)).shape != (3,))
+        stats = jax.jit(observe(jax.vmap(lambda x, f=f: jax.vmap(jaxrelu.relu)(f(x)), in_axes=axis)))(x)[1]["relu"]
+        assert_stats(stats, X @ V.T if axis else X @ W)
 
 
 def test_observed_function_keeps_its_name_and_must_be_one():

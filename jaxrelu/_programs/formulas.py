@@ -21,40 +21,28 @@ from jax.extend.core import primitives
 from jaxrelu._programs import marks
 from jaxrelu._programs.interpreter import Scope, bodies
 
-__all__ = ["DEFAULT", "FORMULAS", "Activation", "is_mapped", "recognized", "unit_axis"]
+__all__ = ["DEFAULT", "NAMES", "Activation", "is_mapped", "layout", "recognized", "unit_axis"]
+
+DEFAULT = (
+    *("relu", "relu6", "leaky_relu", "prelu", "elu", "celu", "selu", "gelu", "silu", "softplus", "mish", "squareplus"),
+    *("soft_sign", "hard_tanh", "hard_sigmoid", "hard_silu"),
+)
+NAMES = (*DEFAULT, "tanh", "sigmoid", "log_sigmoid", "maximum", "where")  # the last are in gates, losses and bounds too
 
 
 def _where(x: Array) -> Array:
     return jnp.where(x > 0, x, 0)
 
 
-FORMULAS: dict[str, tuple[Callable[..., Any], ...]] = {
-    "relu": (jax.nn.relu,),
-    "relu6": (jax.nn.relu6,),
-    "leaky_relu": (jax.nn.leaky_relu,),
-    "prelu": (),  # Flax's and Equinox's is leaky_relu, with an array as its slope
-    "elu": (jax.nn.elu,),
-    "celu": (jax.nn.celu,),
-    "selu": (jax.nn.selu,),
-    "gelu": (jax.nn.gelu, functools.partial(jax.nn.gelu, approximate=False)),
-    "silu": (jax.nn.silu,),
-    "softplus": (jax.nn.softplus,),
-    "mish": (jax.nn.mish,),
-    "squareplus": (jax.nn.squareplus,),
-    "soft_sign": (jax.nn.soft_sign,),
-    "hard_tanh": (jax.nn.hard_tanh,),
-    "hard_sigmoid": (jax.nn.hard_sigmoid,),
-    "hard_silu": (jax.nn.hard_silu,),
-    # from here on: what gates, losses and bounds consist of too
-    "tanh": (jnp.tanh,),
-    "sigmoid": (jax.nn.sigmoid,),
-    "log_sigmoid": (jax.nn.log_sigmoid,),
-    "maximum": (functools.partial(jnp.maximum, 0),),
-    "where": (_where,),
-}
-DEFAULT = tuple(FORMULAS)[: list(FORMULAS).index("tanh")]
-# the second argument of these may be any number or array
-_ARGUMENTS = {jax.nn.leaky_relu: 0.01, jax.nn.elu: 1.0, jax.nn.celu: 1.0, jax.nn.squareplus: 4.0}
+_FUNCTIONS: list[tuple[str, Callable[..., Any]]] = [
+    *((name, getattr(jax.nn, name)) for name in NAMES if hasattr(jax.nn, name)),
+    ("gelu", functools.partial(jax.nn.gelu, approximate=False)),
+    ("maximum", functools.partial(jnp.maximum, 0)),
+    ("where", _where),
+]
+# the second argument of these may be any number or array; prelu, of Flax and Equinox, is leaky_relu with an array
+_ARGUMENTS = {"leaky_relu": 0.01, "elu": 1.0, "celu": 1.0, "squareplus": 4.0}
+_PRODUCTS = (lax.conv_general_dilated_p, lax.dot_general_p)
 _COMMUTATIVE = (lax.add_p, lax.mul_p, lax.max_p, lax.min_p)
 # these change how an array is kept, and none of its numbers
 _UNCHANGED = ("copy", "copy_p", "name", "pcast", "pvary", "reduce_precision", "reshard", "sharding_constraint")
@@ -112,6 +100,11 @@ class Place(NamedTuple):
         *_, last = self.copies()
         return last
 
+    def is_parameter(self) -> bool:
+        """Returns whether this is a float array that the program is given, and no state of a loop."""
+        scope, atom, _ = last = self.origin()
+        return last.eqn is None and atom not in scope.carried and jnp.issubdtype(atom.aval.dtype, jnp.floating)
+
 
 def _whole(scope: Scope, atom: Any) -> Place:
     return Place(scope, atom, tuple(range(len(atom.aval.shape))))
@@ -162,8 +155,8 @@ def _formulas(dtype: Any) -> dict[Any, list[_Formula]]:
     """Returns the formulas in a dtype by their last operation. They are traced for numbers, so that they hold no array."""
     found: dict[Any, list[_Formula]] = {}
     if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16:
-        for name, function in ((name, function) for name, functions in FORMULAS.items() for function in functions):
-            arguments = (_ARGUMENTS[function],) if function in _ARGUMENTS else ()
+        for name, function in _FUNCTIONS:
+            arguments = [_ARGUMENTS[name]] if name in _ARGUMENTS else []
             scope = Scope(jax.make_jaxpr(function)(jax.ShapeDtypeStruct((), dtype), *arguments))
             root: Any = _whole(scope, scope.jaxpr.outvars[0]).origin()
             found.setdefault(root.eqn.primitive, []).append(_Formula(name, function, root, tuple(scope.jaxpr.invars)))
@@ -214,24 +207,24 @@ class _Match:
         if len(places) < len(bound) or z.scope is not scope or isinstance(z.atom, core.Literal):
             return None
         for place in arguments:
+            shape = tuple(None if axis is None else place.atom.aval.shape[axis] for axis in place.axes)
             # a slope computed for each number, as in where(x >= 0, x, f(x) * x), is another activation
-            computed = place.origin().eqn and place.atom.aval.size >= value.aval.size
+            computed = place.origin().eqn is not None and shape == value.aval.shape
             if computed or not (isinstance(place.atom, core.Literal) or place.scope is scope):
                 return None
-        atoms = tuple(place.atom for place in arguments)
+        atoms, axes = tuple(place.atom for place in arguments), tuple(place.axes for place in places)
         learned = formula.name == "leaky_relu" and not isinstance(atoms[0], core.Literal)
         parts = frozenset(p.atom for p in self.passed if p.scope is scope and p.atom is not value)
-        axes = tuple(place.axes for place in places)
         return Activation("prelu" if learned else formula.name, z.atom, atoms, formula.function, axes, parts)
 
 
 def _same_rule(a: Place, b: Place) -> bool:
     """Returns whether the derivative rules of two custom_jvp functions are the same, as far as these places need it."""
     scopes = [place.scope.derivative(place.eqn) for place in (a, b)]
-    places = [_whole(scope, scope.jaxpr.outvars[0]) for scope in scopes]
+    outs = [scope.jaxpr.outvars[p.eqn.outvars.index(p.atom)] for scope, p in zip(scopes, (a, b), strict=True) if p.eqn]
     leaves, inputs = (scope.jaxpr.invars for scope in scopes)
     match = _Match(leaves, rules=False)  # as a rule may call its own function
-    same = match.fits(*places)
+    same = match.fits(*map(_whole, scopes, outs))
     return same and all(match.bound[v][-1].atom is w for v, w in zip(leaves, inputs, strict=True) if v in match.bound)
 
 
@@ -243,13 +236,13 @@ def recognized(jaxpr: Any, names: Sequence[str] | None = None) -> dict[core.Var,
     Args:
         jaxpr: the program, or its scope. A call in it, such as jit, may compute an activation of the program's variables, or
             part of one; what it computes of its own is found where the jaxpr that it calls is given.
-        names: which of FORMULAS are looked for, DEFAULT if None; the functions of this package have the same names.
+        names: which of NAMES are looked for, DEFAULT if None; the functions of this package have the same names.
     """
     scope = jaxpr if isinstance(jaxpr, Scope) else Scope(jaxpr)
     own, matches = dict[core.Var, Activation](), list[tuple[core.Var, Activation, list[Any]]]()
     for eqn in scope.jaxpr.eqns:
         if (name := marks.activation(eqn)) is not None:
-            if name in FORMULAS and not marks.is_differentiated(eqn):
+            if name in NAMES and not marks.is_differentiated(eqn):
                 function = marks.core_of(eqn.params["jaxpr"])
                 own[eqn.outvars[0]] = Activation(name, eqn.invars[0], tuple(eqn.invars[1:]), function, None, frozenset())
             continue
@@ -281,43 +274,49 @@ def is_mapped(scope: Scope, eqn: core.JaxprEqn | None) -> bool:
     return scope.outside is not None and is_mapped(scope.outside, scope.call)
 
 
+def _behind(place: Place) -> Iterator[list[Place]]:
+    """Yields all from which a place is computed along the same axes, the nearest first, each with what it is a copy of."""
+    places, seen = deque([place]), set[Any]()
+    while places:
+        copies = list(places.popleft().copies())
+        last = copies[-1]
+        if isinstance(last.atom, core.Literal) or last[:2] in seen:
+            continue
+        seen.add(last[:2])
+        yield copies
+        eqn, ndim = last.eqn, len(last.atom.aval.shape)
+        if eqn is None or eqn.primitive in _PRODUCTS:
+            continue
+        if eqn.primitive is primitives.custom_jvp_call_p or eqn.primitive is primitives.cond_p:
+            places.append(last.within())
+        elif not bodies(eqn):
+            places += [last._replace(atom=v) for v in eqn.invars if ndim and len(getattr(v.aval, "shape", ())) == ndim]
+
+
+def layout(scope: Scope, value: Any, z: Any) -> Axes:
+    """Returns which axis of z each axis of a value is that is computed from z by an elementwise function."""
+    found = (p.axes for copies in _behind(_whole(scope, value)) for p in copies if p.scope is scope and p.atom is z)
+    return next(found, _whole(scope, z).axes)
+
+
 def unit_axis(scope: Scope, z: Any) -> int | None:
     """Returns the axis along which a layer's units lie in a pre-activation; None if its program does not show it.
 
     It is that of the outputs of the nearest convolution, or product with weights, found by going back through what keeps
     the axes. Where it does not show which of two arrays are the weights, that of a bias or scale on the way decides.
     """
-    places, seen, guess, bias = deque([_whole(scope, z)]), set[Any](), list[int](), list[int]()
-    while places:
-        place = places.popleft().origin()
-        if isinstance(place.atom, core.Literal) or place[:2] in seen:
-            continue
-        seen.add(place[:2])
-        eqn = place.eqn
-        if eqn is None:
-            bias += [] if len(seen) == 1 else _units_of_bias(place)  # z itself is none
-            continue
-        if eqn.primitive is lax.conv_general_dilated_p:
-            axes, certain = [eqn.params["dimension_numbers"].out_spec[1]], True
-        elif eqn.primitive is lax.dot_general_p:
+    guess, bias = list[int](), list[int]()
+    for steps, copies in enumerate(_behind(_whole(scope, z))):
+        place = copies[-1]
+        if place.eqn is None:
+            bias += _units_of_bias(place) if steps else []  # z itself is none
+        elif place.eqn.primitive in _PRODUCTS:
             axes, certain = _outputs_of_product(place)
-        else:
-            ndim = len(place.atom.aval.shape)
-            same = [v for v in eqn.invars if isinstance(v, core.Var) and len(getattr(v.aval, "shape", ())) == ndim]
-            if ndim and (eqn.primitive is primitives.custom_jvp_call_p or not bodies(eqn)):
-                places += [place._replace(atom=v) for v in same]
-            continue
-        units = [i for i, axis in enumerate(place.axes) if axis in axes]
-        if units and certain:
-            return units[-1]
-        guess += units[-1:]
+            units = [i for i, axis in enumerate(place.axes) if axis in axes][-1:]
+            if units and certain:
+                return units[0]
+            guess += units
     return next(iter((*bias, *guess)), None)
-
-
-def _is_parameter(place: Place) -> bool:
-    """Returns whether a place is a float array that the program is given, and no state of a loop."""
-    last = place.origin()
-    return last.eqn is None and last.atom not in last.scope.carried and jnp.issubdtype(last.atom.aval.dtype, jnp.floating)
 
 
 def _units_of_bias(place: Place) -> list[int]:
@@ -326,20 +325,23 @@ def _units_of_bias(place: Place) -> list[int]:
     long = [i for i, axis in enumerate(place.axes) if axis is not None and shape[axis] != 1]
     # along the first of several axes, it would have one number for each example
     fits = len(long) == sum(n != 1 for n in shape) == 1 and (long != [0] or len(place.axes) == 1)
-    return long if fits and _is_parameter(place) else []
+    return long if fits and place.is_parameter() else []
 
 
 def _outputs_of_product(place: Place) -> tuple[list[int], bool]:
-    """Returns the axes of a dot_general's output that its weights give it, and whether it is certain which those are."""
+    """Returns the axes of a product that its weights give it, and whether it is certain which those are."""
     eqn: Any = place.eqn
+    if eqn.primitive is lax.conv_general_dilated_p:
+        return [eqn.params["dimension_numbers"].out_spec[1]], True
     contracted, batch = eqn.params["dimension_numbers"]
     ranks = [len(v.aval.shape) for v in eqn.invars]
     free = [n - len(contracted[0]) - len(batch[0]) for n in ranks]
-    left, right = (_is_parameter(_whole(place.scope, v)) for v in eqn.invars)
+    left, right = (_whole(place.scope, v).is_parameter() for v in eqn.invars)
     mapped = is_mapped(place.scope, eqn)
-    # if both may be: x @ w, but vmap makes of w @ x a product that sums over the last axes of both
+    # if both may be: x @ w; but under vmap, which makes two matrices of w @ x, what is constant, or a product over last axes
+    constant = [p.atom in p.scope.jaxpr.constvars for p in (_whole(place.scope, v).origin() for v in eqn.invars)]
     last = all(axes[-1:] == (n - 1,) for axes, n in zip(contracted, ranks, strict=True))
-    first = left and not (right and not (last and mapped))
+    first = left and (not right or (mapped and (constant[0] if constant[0] != constant[1] else last)))
     start, size = (len(batch[0]), free[0]) if first else (len(batch[0]) + free[0], free[1])
     certain = left != right or (not mapped and free[0] > free[1] == 1)
     return list(range(start, start + size)) if left or right else [], certain

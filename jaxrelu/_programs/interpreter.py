@@ -60,7 +60,7 @@ class Scope:
         return self._inside[eqn]
 
     def derivative(self, eqn: Any) -> "Scope":
-        """Returns the forward derivative of an equation with one output, as a program of its inputs and their tangents."""
+        """Returns the forward derivative of an equation: a program of its inputs and their tangents."""
         if ("derivative", eqn) not in self._inside:
             inputs = [v.aval for v in eqn.invars]
 

@@ -118,8 +118,8 @@ def observe(
         activations = formulas.DEFAULT
     elif not (isinstance(activations, (tuple, list)) and all(isinstance(name, str) for name in activations)):
         raise TypeError(f'observe: activations must be a tuple of names, got {activations!r}; pass ("relu", "tanh"), say')
-    elif unknown := [name for name in activations if name not in formulas.FORMULAS]:
-        raise ValueError(f"observe: activations must be among {', '.join(formulas.FORMULAS)}, got {', '.join(unknown)}")
+    elif unknown := [name for name in activations if name not in formulas.NAMES]:
+        raise ValueError(f"observe: activations must be among {', '.join(formulas.NAMES)}, got {', '.join(unknown)}")
     if axis is not None and not checked.is_int(axis):
         raise TypeError(f"observe: axis must be an int or None, got {axis!r}; pass the axis of the units")
 
@@ -218,7 +218,7 @@ class _Observer(Visitor):
     def _found(self, eqn: core.JaxprEqn, scope: Scope) -> list[Activation] | None:
         """Returns the activations that an equation ends; [] for a part of one, None for all other equations."""
         if scope not in self._known:
-            found = formulas.recognized(scope, tuple(formulas.FORMULAS))
+            found = formulas.recognized(scope, formulas.NAMES)
             self._known[scope] = found, set[core.Var]().union(*(activation.parts for activation in found.values()))
         found, parts = self._known[scope]
         if ended := [found[v] for v in eqn.outvars if v in found]:
@@ -287,9 +287,10 @@ class _Observer(Visitor):
             units = ndim - 1
             if formulas.is_mapped(scope, eqn):
                 doubt = "is under vmap, where nothing shows which axis its units lie along; the last is taken, or pass axis"
-        if layouts is not None:
-            units = layouts[0].index(units)
-        return (units, units), doubt
+        if layouts is None:
+            return (units, formulas.layout(scope, eqn.outvars[0], activation.z).index(units)), doubt
+        laid_out = layouts[0].index(units)
+        return (laid_out, laid_out), doubt
 
     def branch_not_taken(self, value: UnitStats) -> UnitStats:
         return nothing_seen(value)
