@@ -201,6 +201,15 @@ def test_wherever_an_activation_of_jax_nn_is_called():
 
 
 @quick
+def test_in_the_gradient_of_a_scan():
+    def loss(x):
+        return lax.scan(lambda x, w: (jax.nn.elu(x @ w), None), x, STACK)[0].sum()
+
+    stats = jax.jit(observe(jax.value_and_grad(loss)))(X)[1]["elu"]
+    np.testing.assert_array_equal(stats.fired[0], (np.asarray(X @ STACK[0]) > 0).sum(0))
+
+
+@quick
 def test_a_call_that_computes_several():
     @jax.jit
     def both(x):
