@@ -64,9 +64,9 @@ def observe(
 
     It sees the functions and modules of this package; relu, relu6, leaky_relu, elu, celu, selu, gelu, silu, softplus, mish,
     squareplus, soft_sign, hard_tanh, hard_sigmoid and hard_silu of jax.nn; and PReLU of Flax and Equinox: under jit, scan,
-    remat, cond, shard_map and vmap. It knows those of others by their formula, and by the derivative rule that belongs to it,
-    in float16, bfloat16, float32 and float64, so that other frameworks may call them by other names. It sees these also in a
-    gradient that `f` computes, but relu, relu6 and what uses them or softplus not in that of a scan before JAX 0.12.
+    remat, cond, shard_map and vmap. It knows those of others by their formula, and by the derivative rule that belongs to
+    it, in float16, bfloat16, float32 and float64, so that other frameworks may call them by other names. It sees these also
+    in a gradient that `f` computes, but relu, relu6 and what uses them or softplus not in that of a scan before JAX 0.12.
 
     The units of a layer lie along one axis of the activation's input; all other axes, those that vmap maps and the devices
     of a mesh, hold examples. For a function of this package it is the last axis, as the code inside vmap sees it. For others
