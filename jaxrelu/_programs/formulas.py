@@ -47,7 +47,7 @@ _COMMUTATIVE = (lax.add_p, lax.mul_p, lax.max_p, lax.min_p)
 # these change how an array is kept, and none of its numbers
 _UNCHANGED = ("copy", "copy_p", "name", "pcast", "pvary", "reduce_precision", "reshard", "sharding_constraint")
 
-Axes = tuple[int | None, ...]  # for each axis of a value, the axis that it is of something that the value is computed from
+Axes = tuple[int | None, ...]  # for each axis of a value, which axis of a part of it that is; None where the part has none
 
 
 class Place(NamedTuple):
@@ -55,7 +55,7 @@ class Place(NamedTuple):
 
     scope: Scope
     atom: Any
-    axes: Axes  # those of the value; of a place that is broadcast, None, or an axis of size 1
+    axes: Axes  # where the part is broadcast, None or an axis of size 1
 
     @property
     def key(self) -> Any:
@@ -239,32 +239,34 @@ def recognized(jaxpr: Any, names: Sequence[str] | None = None) -> dict[core.Var,
         names: which of NAMES are looked for, DEFAULT if None; the functions of this package have the same names.
     """
     scope = jaxpr if isinstance(jaxpr, Scope) else Scope(jaxpr)
-    own, matches = dict[core.Var, Activation](), list[tuple[core.Var, Activation, list[Any]]]()
+    found, matches = dict[core.Var, Activation](), list[tuple[core.Var, Activation, list[Place]]]()
     for eqn in scope.jaxpr.eqns:
         if (name := marks.activation(eqn)) is not None:
             if name in NAMES and not marks.is_differentiated(eqn):
+                z, *arguments = eqn.invars
                 function = marks.core_of(eqn.params["jaxpr"])
-                own[eqn.outvars[0]] = Activation(name, eqn.invars[0], tuple(eqn.invars[1:]), function, None, frozenset())
+                found[eqn.outvars[0]] = Activation(name, z, tuple(arguments), function, None, frozenset())
             continue
         for v in eqn.outvars:
             if not hasattr(v.aval, "dtype"):
                 continue
-            root, *copies = reversed(list(_whole(scope, v).copies()))
+            value, *copies = _whole(scope, v).copies()
+            root = copies[-1] if copies else value
             # where it is a copy of another variable of this program, that one is the activation
-            if root.eqn is None or any(place.scope is scope for place in (root, *copies)[:-1]):
+            if root.eqn is None or any(place.scope is scope for place in copies):
                 continue
             for formula in _formulas(v.aval.dtype).get(root.eqn.primitive, ()):
                 match = _Match(formula.leaves)
-                if match.fits(formula.root, _whole(scope, v)) and (found := match.activation(formula, scope, v)):
-                    matches.append((v, found, [place[:2] for place in match.passed]))
+                if match.fits(formula.root, value) and (activation := match.activation(formula, scope, v)):
+                    matches.append((v, activation, match.passed))
     taken = set[Any]()
-    for v, found, keys in sorted(matches, key=lambda match: -len(match[2])):
+    for v, activation, passed in sorted(matches, key=lambda match: -len(match[2])):
         if _whole(scope, v).origin()[:2] not in taken:
-            own[v] = found
-            taken.update(keys)
+            found[v] = activation
+            taken.update(place[:2] for place in passed)
     asked = DEFAULT if names is None else names
-    ordered = (v for eqn in scope.jaxpr.eqns for v in eqn.outvars if v in own)
-    return {v: own[v] for v in ordered if own[v].name in asked}
+    ordered = (v for eqn in scope.jaxpr.eqns for v in eqn.outvars if v in found)
+    return {v: found[v] for v in ordered if found[v].name in asked}
 
 
 def is_mapped(scope: Scope, eqn: core.JaxprEqn | None) -> bool:
