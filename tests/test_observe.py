@@ -206,7 +206,7 @@ def test_in_the_gradient_of_a_scan():
         return lax.scan(lambda x, w: (jax.nn.elu(x @ w), None), x, STACK)[0].sum()
 
     stats = jax.jit(observe(jax.value_and_grad(loss)))(X)[1]["elu"]
-    np.testing.assert_array_equal(stats.fired[0], (np.asarray(X @ STACK[0]) > 0).sum(0))
+    np.testing.assert_array_equal(stats.fired[0], (np.asarray(X) @ np.asarray(STACK[0]) > 0).sum(0))
 
 
 @quick
