@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -90,11 +90,15 @@ class Visitor(Protocol):
 
     def visit(self, eqn: core.JaxprEqn, scope: Scope) -> Step:
         """Returns how to run an equation that is looked for; the step takes its inputs, then what `reads` returns."""
-        ...
+        return lambda *args: (bind(eqn, *args), [])
 
     def reads(self, eqn: core.JaxprEqn, scope: Scope) -> Sequence[Any]:
         """Returns variables and literals of an equation's program that are to be read where it is run; [] if not visited."""
-        ...
+        return []
+
+    def program(self, scope: Scope) -> Step:
+        """Returns a program that an equation calls as a function that returns its outputs and what was found in it."""
+        return interpreted(scope, self)
 
     def branch_not_taken(self, value: Any) -> Any:
         """Returns what a branch of cond has found that is not taken, given what it would find if it were taken."""
@@ -193,7 +197,7 @@ def interpreted(scope: Scope, visitor: Visitor) -> Step:
             return v.val if isinstance(v, core.Literal) else env[v]
 
         for eqn, around, step, inputs, unread in steps:
-            with jax.named_scope(around) if around else contextlib.nullcontext(), eqn.ctx.manager:
+            with context(eqn):
                 outs, found = step(*map(read, inputs))
             env.update(zip(eqn.outvars, outs, strict=True))
             for v in unread:
@@ -202,6 +206,14 @@ def interpreted(scope: Scope, visitor: Visitor) -> Step:
         return [read(v) for v in jaxpr.outvars], everything
 
     return run
+
+
+@contextlib.contextmanager
+def context(eqn: core.JaxprEqn) -> Generator[None]:
+    """Returns a context like that in which an equation was traced."""
+    around = _named_scope(eqn)
+    with jax.named_scope(around) if around else contextlib.nullcontext(), eqn.ctx.manager:
+        yield
 
 
 def _named_scope(eqn: core.JaxprEqn) -> str:
@@ -245,7 +257,7 @@ def origin(jaxpr: Any, v: Any) -> Any:
 
 
 def _enter_jit(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> Step:
-    run = interpreted(scope.inside(eqn)[0], visitor)
+    run = visitor.program(scope.inside(eqn)[0])
 
     def constrain(xs: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
         pairs = zip(xs, shardings, strict=True)
@@ -259,7 +271,7 @@ def _enter_jit(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> Step:
 
 
 def _enter_scan(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> Step:
-    run = interpreted(scope.inside(eqn)[0], visitor)
+    run = visitor.program(scope.inside(eqn)[0])
     carries, unscanned = _carries(eqn, scope.inside(eqn)[0].jaxpr)
     loop = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
 
@@ -287,12 +299,12 @@ def _carries(eqn: Any, body: Any) -> tuple[int, int]:
 
 
 def _enter_remat(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> Step:
-    run = interpreted(scope.inside(eqn)[0], visitor)
+    run = visitor.program(scope.inside(eqn)[0])
     return jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
 
 
 def _enter_cond(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> Step:
-    branches = [interpreted(branch, visitor) for branch in scope.inside(eqn)]
+    branches = [visitor.program(branch) for branch in scope.inside(eqn)]
 
     def call(index: Any, *args: Any) -> tuple[Sequence[Any], list[Found]]:
         shapes = [jax.eval_shape(run, *args)[1] for run in branches]
@@ -314,7 +326,7 @@ def _enter_cond(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> Step:
 
 
 def _enter_shard_map(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> Step:
-    run, params = interpreted(scope.inside(eqn)[0], visitor), eqn.params
+    run, params = visitor.program(scope.inside(eqn)[0]), eqn.params
     axes = tuple(sorted(params["newly_manual_axes"]))
 
     def body(*args: Any) -> tuple[Sequence[Any], list[Found]]:
@@ -330,6 +342,11 @@ def _enter_shard_map(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> Step
         axis_names=params["newly_manual_axes"],
         check_vma=params["check_vma"],
     )
+
+
+def entered(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> Step:
+    """Returns an equation of ENTERED as a function that runs what it calls as the visitor says."""
+    return _ENTER[eqn.primitive.name](eqn, scope, visitor)
 
 
 _ENTER: dict[str, Callable[[core.JaxprEqn, Scope, Visitor], Step]] = {

@@ -1,0 +1,98 @@
+"""`lean`: a function whose gradient keeps one array for each matrix product and convolution."""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+from jax.extend import core
+
+from jaxrelu._lowering import portable
+from jaxrelu._programs.calls import Call, returned
+from jaxrelu._programs.interpreter import Scope
+from jaxrelu._programs.regions import exchanged, planned
+
+__all__ = ["lean"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
+
+
+def lean(f: Callable[_P, _R], *, platform: str | None = None) -> Callable[_P, _R]:
+    """Returns f, whose gradient keeps one array for each matrix product or convolution, with no edit to f.
+
+    Values and derivatives are those of f. Between two products JAX keeps most arrays for the backward pass; here the fewest
+    bytes are kept from which those that derivatives read can be computed again: after a convolution and a norm its output,
+    so that norm and activation are computed again; after a dense layer the output of relu. Products, reductions,
+    collectives and random numbers are never computed again. Use it around the loss, inside `jax.jit`: outside, each call is
+    traced and planned anew.
+
+    In float32 a gradient under jit is the same bit for bit, or differs by rounding. In bfloat16 and float16 it differs by
+    more: without `lean` XLA keeps numbers between two operations in float32, and what is kept here is rounded.
+
+    It goes into scan, cond and shard_map, and through jit. What it does not know is left as it is: loops by while, functions
+    with a rule of their own by `jax.custom_vjp`, kernels, parts under `jax.checkpoint`. On the CPU before JAX 0.11.1 the
+    compiler undoes recomputation: there only jax.nn's relu and relu6 are replaced by this package's. On a
+    TPU, whose compiler recomputes by itself, f is returned as it is, and so it is on platforms that are not listed here.
+
+    Args:
+        f: a function of arrays, numbers, models and whatever else; what is no array is static, as under `observe`.
+        platform: what the gradient is compiled for, "cpu", "gpu", "cuda", "rocm" or "tpu"; None for the platform that JAX
+            runs on by default.
+
+    Raises:
+        TypeError: `f` is not callable.
+        ValueError: `platform` is unknown; or `f` replaces an array in one of its arguments, as a model that changes its own
+            state does.
+
+    Warns:
+        UserWarning: `f` returns a gradient: lean belongs inside, as in `jax.grad(lean(loss))`.
+
+    Examples:
+        >>> import jax, jaxrelu.memory
+        >>> loss = lambda w, x: jax.nn.relu(jax.nn.relu(x @ w) @ w).sum()
+        >>> w, x = jax.numpy.eye(2), jax.numpy.array([[1.0, -2.0]])
+        >>> jax.jit(jax.grad(jaxrelu.memory.lean(loss)))(w, x)
+        Array([[ 2.,  0.],
+               [-2.,  0.]], dtype=float32)
+    """
+    if not callable(f):
+        raise TypeError(f"lean: f must be a function, got {f!r}; pass the loss, not its value")
+    if platform not in (None, *_PLATFORMS):
+        raise ValueError(f"lean: platform must be None or one of {', '.join(_PLATFORMS)}, got {platform!r}")
+
+    def leaned(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+        target = platform or jax.default_backend()
+        if target not in _PLATFORMS or target == "tpu":
+            return f(*args, **kwargs)
+        # before JAX 0.11.1, XLA for the CPU removes the barriers of jax.checkpoint; this ends with support of JAX 0.11.0
+        plans = target != "cpu" or jax.__version_info__ >= (0, 11, 1)
+        call = Call(f, args, kwargs)
+        with portable() if plans else contextlib.nullcontext():  # as plain formulas, this package's functions are recognized
+            program, (out, left) = jax.make_jaxpr(call, return_shape=True)(*call.arrays)
+        call.check_state("lean", program, left)
+        scope = Scope(program)
+        if _is_gradient(scope, len(scope.jaxpr.outvars) - len(left)):
+            warnings.warn("lean: f returns a gradient, which is not made leaner; use jax.grad(lean(loss))", stacklevel=2)
+        return returned(out, (planned if plans else exchanged)(scope, call.arrays))
+
+    names = [name for name in functools.WRAPPER_ASSIGNMENTS if isinstance(getattr(f, name, None), str)]
+    return functools.update_wrapper(leaned, f, names, updated=())
+
+
+def _is_gradient(scope: Scope, number: int) -> bool:
+    """Returns whether one of the first outputs of a program, this number of them, is an array from a backward pass."""
+    outputs: Any = scope.jaxpr.outvars[:number]
+    for output in outputs:
+        v: Any = output
+        inner, eqn = scope, None if isinstance(v, core.Literal) else scope.made_by.get(v)
+        while eqn is not None and eqn.primitive.name == "jit":
+            inner, place = inner.inside(eqn)[0], eqn.outvars.index(v)
+            v = inner.jaxpr.outvars[place]
+            eqn = None if isinstance(v, core.Literal) else inner.made_by.get(v)
+        if eqn is not None and output.aval.ndim and "transpose(" in str(eqn.source_info.name_stack):
+            return True
+    return False
