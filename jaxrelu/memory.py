@@ -1,7 +1,6 @@
 """`lean`: a function whose gradient keeps one array for each matrix product and convolution."""
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -10,7 +9,7 @@ import jax
 from jax.extend import core
 
 from jaxrelu._lowering import portable
-from jaxrelu._programs.calls import Call, returned
+from jaxrelu._programs.calls import check_state, flattened, named_as, returned
 from jaxrelu._programs.interpreter import Scope
 from jaxrelu._programs.regions import exchanged, planned
 
@@ -70,17 +69,16 @@ def lean(f: Callable[_P, _R], *, platform: str | None = None) -> Callable[_P, _R
             return f(*args, **kwargs)
         # before JAX 0.11.1, XLA for the CPU removes the barriers of jax.checkpoint; this ends with support of JAX 0.11.0
         plans = target != "cpu" or jax.__version_info__ >= (0, 11, 1)
-        call = Call(f, args, kwargs)
+        function, arrays = flattened(f, args, kwargs)
         with portable() if plans else contextlib.nullcontext():  # as plain formulas, this package's functions are recognized
-            program, (out, left) = jax.make_jaxpr(call, return_shape=True)(*call.arrays)
-        call.check_state("lean", program, left)
+            program, (out, left) = jax.make_jaxpr(function, return_shape=True)(*arrays)
+        check_state("lean", f, program, left)
         scope = Scope(program)
         if _is_gradient(scope, len(scope.jaxpr.outvars) - len(left)):
             warnings.warn("lean: f returns a gradient, which is not made leaner; use jax.grad(lean(loss))", stacklevel=2)
-        return returned(out, (planned if plans else exchanged)(scope, call.arrays))
+        return returned(out, (planned if plans else exchanged)(scope, arrays))
 
-    names = [name for name in functools.WRAPPER_ASSIGNMENTS if isinstance(getattr(f, name, None), str)]
-    return functools.update_wrapper(leaned, f, names, updated=())
+    return named_as(leaned, f)
 
 
 def _is_gradient(scope: Scope, number: int) -> bool:

@@ -5,7 +5,6 @@ The interpreter of `jaxrelu._programs` runs the traced function, scans too; `_Ob
 
 import functools
 import itertools
-import types
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,15 +12,15 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.extend import core
 
 from jaxrelu import _checked as checked
 from jaxrelu._lowering import observed as being_observed
 from jaxrelu._programs import formulas, marks
+from jaxrelu._programs.calls import Function, check_state, flattened, named_as, returned
 from jaxrelu._programs.formulas import Activation
-from jaxrelu._programs.interpreter import Found, Scope, Step, Visitor, bind, called, interpreted, live, names_in, origin
+from jaxrelu._programs.interpreter import Found, Scope, Step, Visitor, bind, called, interpreted, live, names_in
 from jaxrelu.diagnostics.measurement import statistics
 from jaxrelu.diagnostics.stats import UnitStats, all_reduce, nothing_seen
 
@@ -33,28 +32,6 @@ _Result = TypeVar("_Result")
 
 
 _TRACES = 64  # traces kept by each function that is observed; a loop that passes a new Python number makes one a call
-
-
-class _Static:
-    """A value that is no array, as a part of a pytree's structure. Two are equal if value and type are."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-        self._key = checked.Number(value) if type(value) is float else value  # 0.0 is not -0.0, and NaN is NaN
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Static) or type(self.value) is not type(other.value):
-            return False
-        return self._key is other._key or (self._key == other._key) is True
-
-    def __hash__(self) -> int:
-        try:
-            return hash(self._key)
-        except TypeError:
-            return hash(type(self.value))
-
-
-jax.tree_util.register_pytree_node(_Static, lambda static: ((), static), lambda static, _: static)
 
 
 def observe(
@@ -125,29 +102,22 @@ def observe(
 
     # caches of this call of observe, not of the module: a jaxpr keeps the arrays alive that f closes over
     @functools.lru_cache(_TRACES)
-    def trace(call: _Static, shapes: tuple[Any, ...]) -> Callable[..., Any]:
-        return jax.make_jaxpr(_function_of_arrays(*call.value), return_shape=True)
+    def trace(function: Function, shapes: tuple[Any, ...]) -> Callable[..., Any]:
+        return jax.make_jaxpr(function, return_shape=True)
 
     @functools.lru_cache(_TRACES)
-    def program(jaxpr: Any, left: int) -> tuple[Step, bool, bool]:
+    def program(jaxpr: Any) -> tuple[Step, bool]:
         scope, visitor = Scope(jaxpr), _Observer(activations, axis)
         empty = not any(names_in(eqn, scope, visitor) for eqn, _ in live(jaxpr))
-        return interpreted(scope, visitor), _loses(jaxpr, left), empty
+        return interpreted(scope, visitor), empty
 
     def observed(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> tuple[Any, Stats]:
-        function, inputs = (f.__func__, (f.__self__, *args)) if isinstance(f, types.MethodType) else (f, args)
-        leaves, tree = jax.tree.flatten((function, inputs, kwargs))
-        constants = tuple(None if _is_array(x) else _Static(x) for x in leaves)
-        arrays = [x for x in leaves if _is_array(x)]
+        function, arrays = flattened(f, args, kwargs)
         with being_observed(True), jax.disable_jit(False):  # an activation is found by the name of a jitted function
             # with the shapes in the key, each trace is of one
-            jaxpr, (out, left) = trace(_Static((constants, tree)), tuple(map(jax.typeof, arrays)))(*arrays)
-        run, loses, empty = program(jaxpr, len(left))
-        if loses:
-            raise ValueError(
-                f"observe: {getattr(function, '__name__', type(function).__name__)} replaced an array in one of its "
-                "arguments, which would be lost; return the new state, for nnx models by nnx.split and nnx.merge"
-            )
+            jaxpr, (out, left) = trace(function, tuple(map(jax.typeof, arrays)))(*arrays)
+        check_state("observe", f, jaxpr, left)
+        run, empty = program(jaxpr)
         if empty:
             warnings.warn(
                 f"observe: no activation was found; it looks for {', '.join(activations)}, of jax.nn, Flax, Equinox and "
@@ -158,54 +128,14 @@ def observe(
         stats: Stats = OrderedDict()
         for found in everything:
             stats[_unused(found.name, stats)] = found.value
-        results = jax.tree.unflatten(jax.tree.structure(out), results[: len(results) - len(left)])
-        outputs, structure = jax.tree.flatten(results, is_leaf=_is_static)
-        return structure.unflatten([x.value if isinstance(x, _Static) else x for x in outputs]), stats
+        return returned(out, results), stats
 
-    # of a callable object, as equinox.filter_jit returns, the name may be no string
-    names = [name for name in functools.WRAPPER_ASSIGNMENTS if isinstance(getattr(f, name, None), str)]
-    return functools.update_wrapper(observed, f, names, updated=())
-
-
-def _function_of_arrays(constants: Sequence[_Static | None], tree: Any) -> Callable[..., Any]:
-    """Returns a flattened call as a function of its arrays; among the constants None stands for each of them.
-
-    It returns the output, with a _Static for all that is no array, and the arguments' arrays as the call left them.
-    """
-
-    def call(*arrays: Array) -> Any:
-        rest = iter(arrays)
-        leaves = [next(rest) if x is None else x.value for x in constants]
-        function, args, kwargs = inputs = jax.tree.unflatten(tree, leaves)
-        outputs, structure = jax.tree.flatten(function(*args, **kwargs))
-        out = structure.unflatten([x if _is_array(x) else _Static(x) for x in outputs])
-        return out, [x for x in jax.tree.leaves(inputs) if _is_array(x)]
-
-    return call
-
-
-def _is_array(x: object) -> bool:
-    return isinstance(x, jax.Array) or (isinstance(x, np.ndarray) and x.dtype.kind not in "OSUMm")
-
-
-def _is_static(x: object) -> bool:
-    return isinstance(x, _Static)
+    return named_as(observed, f)
 
 
 def _unused(name: str, stats: Stats) -> str:
     numbered = (f"{name}_{i}" if i else name for i in itertools.count())
     return next(candidate for candidate in numbered if candidate not in stats)
-
-
-def _loses(jaxpr: Any, number: int) -> bool:
-    """Returns whether an array in the arguments was replaced by one that is not returned."""
-    jaxpr = Scope(jaxpr).jaxpr
-    # the last outputs of the program, this number of them, are the arrays in the arguments as the call left them
-    split = len(jaxpr.outvars) - number
-    outputs, left = jaxpr.outvars[:split], jaxpr.outvars[split:]
-    if number != len(jaxpr.invars):
-        return True
-    return any(v not in outputs and origin(jaxpr, v) is not x for v, x in zip(left, jaxpr.invars, strict=True))
 
 
 class _Observer(Visitor):
