@@ -111,14 +111,14 @@ def leaky_relu(x: ArrayLike, negative_slope: ArrayLike = 0.01, *, kink: float = 
     return _leaky_relu_array_jit(x, slope, None, kink)
 
 
-def _leaky_relu_formula(x: Array, slope: float, kink: float = 0.0) -> Array:
+def leaky_relu_formula(x: Array, slope: float, kink: float = 0.0) -> Array:
     wide = widen(x)
     return cast(jnp.where(wide > 0, wide, _at_kink(x, kink, slope) * wide), x)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _leaky_relu(x: Array, slope: float, kink: float) -> tuple[Array, Array]:
-    y = _leaky_relu_formula(x, slope)
+    y = leaky_relu_formula(x, slope)
     # the rule may read y in place of x only if both have the same sign, which takes a positive slope
     return lowering.readable(x, y, y, on_gpu=(y, y)) if slope > 0 else (y, x)
 
@@ -131,7 +131,7 @@ def _leaky_relu_jvp(slope: float, kink: float, primals: Any, tangents: Any) -> _
     return (y, read), (t, jnp.zeros_like(read))
 
 
-_leaky_relu_jit = lowering.core(_leaky_relu, "leaky_relu", (1, 2), formula=_leaky_relu_formula)
+_leaky_relu_jit = lowering.core(_leaky_relu, "leaky_relu", (1, 2), formula=leaky_relu_formula)
 
 
 def prelu(x: ArrayLike, negative_slope: ArrayLike, *, axis: int | None = None, kink: float = 0.0) -> Array:

@@ -70,13 +70,15 @@ def lean(f: Callable[_P, _R], *, platform: str | None = None) -> Callable[_P, _R
         # before JAX 0.11.1, XLA for the CPU removes the barriers of jax.checkpoint; this ends with support of JAX 0.11.0
         plans = target != "cpu" or jax.__version_info__ >= (0, 11, 1)
         function, arrays = flattened(f, args, kwargs)
-        with portable() if plans else contextlib.nullcontext():  # as plain formulas, this package's functions are recognized
+        # as plain formulas, the functions of this package are recognized too
+        with portable() if plans else contextlib.nullcontext():
             program, (out, left) = jax.make_jaxpr(function, return_shape=True)(*arrays)
-        check_state("lean", f, program, left)
-        scope = Scope(program)
-        if _is_gradient(scope, len(scope.jaxpr.outvars) - len(left)):
-            warnings.warn("lean: f returns a gradient, which is not made leaner; use jax.grad(lean(loss))", stacklevel=2)
-        return returned(out, (planned if plans else exchanged)(scope, arrays))
+            check_state("lean", f, program, left)
+            scope = Scope(program)
+            if _is_gradient(scope, len(scope.jaxpr.outvars) - len(left)):
+                message = "lean: f returns a gradient, which is not made leaner; use jax.grad(lean(loss))"
+                warnings.warn(message, stacklevel=2)
+            return returned(out, (planned if plans else exchanged)(scope, arrays))
 
     return named_as(leaned, f)
 

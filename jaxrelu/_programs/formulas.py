@@ -18,6 +18,8 @@ from jax import Array, lax
 from jax.extend import core
 from jax.extend.core import primitives
 
+from jaxrelu import functions
+from jaxrelu._lowering import portable
 from jaxrelu._programs import marks
 from jaxrelu._programs.interpreter import Scope, bodies
 
@@ -34,14 +36,21 @@ def _where(x: Array) -> Array:
     return jnp.where(x > 0, x, 0)
 
 
-_FUNCTIONS: list[tuple[str, Callable[..., Any]]] = [
-    *((name, getattr(jax.nn, name)) for name in NAMES if hasattr(jax.nn, name)),
-    ("gelu", functools.partial(jax.nn.gelu, approximate=False)),
-    ("maximum", functools.partial(jnp.maximum, 0)),
-    ("where", _where),
-]
 # the second argument of these may be any number or array; prelu, of Flax and Equinox, is leaky_relu with an array
 _ARGUMENTS = {"leaky_relu": 0.01, "elu": 1.0, "celu": 1.0, "squareplus": 4.0}
+_FUNCTIONS: list[tuple[str, Callable[..., Any], list[float]]] = [
+    *(
+        (name, getattr(jax.nn, name), [_ARGUMENTS[name]] if name in _ARGUMENTS else [])
+        for name in NAMES
+        if hasattr(jax.nn, name)
+    ),
+    ("gelu", functools.partial(jax.nn.gelu, approximate=False), []),
+    ("maximum", functools.partial(jnp.maximum, 0), []),
+    ("where", _where, []),
+    # of this package, in `portable`; relu and relu6 are there as in jax.nn
+    ("leaky_relu", functions.leaky_relu_formula, [0.01]),
+    ("elu", functools.partial(functions.elu, save="output"), []),
+]
 _PRODUCTS = (lax.conv_general_dilated_p, lax.dot_general_p)
 _COMMUTATIVE = (lax.add_p, lax.mul_p, lax.max_p, lax.min_p)
 # these change how an array is kept, and none of its numbers
@@ -155,9 +164,9 @@ def _formulas(dtype: Any) -> dict[Any, list[_Formula]]:
     """Returns the formulas in a dtype by their last operation. They are traced for numbers, so that they hold no array."""
     found: dict[Any, list[_Formula]] = {}
     if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16:
-        for name, function in _FUNCTIONS:
-            arguments = [_ARGUMENTS[name]] if name in _ARGUMENTS else []
-            scope = Scope(jax.make_jaxpr(function)(jax.ShapeDtypeStruct((), dtype), *arguments))
+        for name, function, arguments in _FUNCTIONS:
+            with portable():
+                scope = Scope(jax.make_jaxpr(function)(jax.ShapeDtypeStruct((), dtype), *arguments))
             root: Any = _whole(scope, scope.jaxpr.outvars[0]).origin()
             found.setdefault(root.eqn.primitive, []).append(_Formula(name, function, root, tuple(scope.jaxpr.invars)))
     return found

@@ -188,7 +188,7 @@ def _rectifiers(scope: Scope) -> dict[core.Var, _Rectifier]:
     for v, activation in recognized(scope, ("relu", "relu6", "leaky_relu", "elu")).items():
         numbers = [float(a.val) for a in activation.arguments if isinstance(a, core.Literal)]
         if len(numbers) == len(activation.arguments) and all(number > 0 for number in numbers):
-            alpha = numbers[0] if activation.name == "elu" else None
+            alpha = [*numbers, 1.0][0] if activation.name == "elu" else None
             found[v] = _Rectifier(activation.z, _from_result(activation.function, numbers, alpha), activation.parts)
     return found
 
@@ -258,48 +258,57 @@ class _Plan:
             self._at.append(level)
             self._level.update(dict.fromkeys(eqn.outvars, level + (kind in ("product", "alone"))))
 
-    def _read_by_derivatives(self) -> set[core.Var]:
+    def _read_by_derivatives(self) -> set[tuple[core.Var, int]]:
+        """Returns the variables that derivatives read, and at which level."""
         parts = {v for rectifier in self._rectifiers.values() for v in rectifier.parts}
-        needed = set[core.Var]()
-        for eqn, inputs in zip(self._eqns, self._inputs, strict=True):
-            name, active = eqn.primitive.name, [v in self._active if isinstance(v, core.Var) else False for v in eqn.invars]
-            if self._active.isdisjoint(eqn.outvars) or parts.issuperset(eqn.outvars):
-                continue
-            if eqn.outvars[0] in self._rectifiers:
-                # of one whose result is not kept anyway, JAX keeps a mask of one byte a number for each step of a loop
-                needed.update(() if self._loop else eqn.outvars)
-            elif name in _READ_THEIR_RESULT:
-                needed.update(eqn.outvars)
-            elif name in _LINEAR:
-                needed.update(v for v in inputs if v not in self._active)
-            elif name in ("mul", *_PRODUCTS):
-                needed.update(v for v, other in zip(eqn.invars, active[::-1], strict=True) if other and v in inputs)
-            elif name == "div" and not active[1]:
-                needed.update(v for v in eqn.invars[1:] if v in inputs)
-            else:
-                needed.update(inputs)
+        needed = set[tuple[core.Var, int]]()
+        for eqn, inputs, at in zip(self._eqns, self._inputs, self._at, strict=True):
+            if not self._active.isdisjoint(eqn.outvars) and not parts.issuperset(eqn.outvars):
+                needed.update((v, at) for v in self._reads(eqn, inputs))
         return needed
+
+    def _reads(self, eqn: core.JaxprEqn, inputs: Sequence[core.Var]) -> Sequence[core.Var]:
+        name, active = eqn.primitive.name, [isinstance(v, core.Var) and v in self._active for v in eqn.invars]
+        if eqn.outvars[0] in self._rectifiers:
+            # in a loop JAX keeps a mask, of one byte a number, of one whose result is not kept anyway
+            return [] if self._loop else eqn.outvars[:1]
+        if name in _READ_THEIR_RESULT:
+            return eqn.outvars
+        if name in _LINEAR:
+            return [v for v in inputs if v not in self._active]
+        if name in ("mul", *_PRODUCTS):
+            return [v for v, other in zip(eqn.invars, active[::-1], strict=True) if other and isinstance(v, core.Var)]
+        if name == "div" and not active[1]:
+            return [v for v in eqn.invars[1:] if isinstance(v, core.Var)]
+        return inputs
 
     def _cut(self) -> set[core.Var]:
         """Returns the fewest bytes of variables from which the others that derivatives read can be computed."""
         variables = [*self._carried, *self._maker]
-        places = {v: i for i, v in enumerate(variables)}
+        places = {v: 3 * i for i, v in enumerate(variables)}
         sizes = np.array([_bytes(v) for v in variables], float)
-        unit = max(1.0, sizes.sum() / 2**28)  # SciPy takes 32 bits
-        later = {v for at, inputs in zip(self._at, self._inputs, strict=True) for v in inputs if self._level.get(v, at) < at}
-        source, sink = 2 * len(variables), 2 * len(variables) + 1
-        # for each variable an edge from place 2 i to 2 i + 1, which costs its bytes; all other edges cannot be cut
-        edges = [(2 * i, 2 * i + 1, math.ceil(size / unit) or 1) for i, size in enumerate(sizes)]
-        for i, v in enumerate(variables):
-            if v in self._needed:
-                edges.append((2 * i + 1, sink, 2**30))
-            number = self._maker.get(v)
-            if number is None or self._kinds[number] not in ("cheap", "early") or v in later:
-                edges.append((source, 2 * i, 2**30))
+        costs = np.maximum(1, sizes / max(1.0, sizes.sum() / 2**28)).astype(int)  # SciPy takes 32 bits
+        source, sink, edges = 3 * len(variables), 3 * len(variables) + 1, list[tuple[int, int, int]]()
+
+        def read(v: core.Var, at: int) -> int:
+            # at a later level a variable is there only if it is kept, at its own also if it is computed again
+            return places[v] + (2 if self._again(v) and self._level.get(v, at) < at else 1)
+
+        # three nodes for each variable; of the edges only those can be cut that stand for keeping it
+        for v, cost in zip(variables, costs.tolist(), strict=True):
+            edges += [(places[v], places[v] + 1, cost), (source, places[v] + 2, cost)]
+            if self._again(v):
+                number = self._maker[v]
+                edges += [(read(w, self._at[number]), places[v], 2**30) for w in set(self._inputs[number]) if w in places]
             else:
-                edges += [(2 * places[w] + 1, 2 * i, 2**30) for w in set(self._inputs[number]) if w in places]
+                edges.append((source, places[v], 2**30))
+        edges += [(read(v, at), sink, 2**30) for v, at in self._needed if v in places]
         reach = _reaches_sink(edges, source, sink)
-        return {v for i, v in enumerate(variables) if reach[2 * i + 1] and not reach[2 * i]}
+        return {v for v, i in places.items() if (reach[i + 1] and not reach[i]) or reach[i + 2]}
+
+    def _again(self, v: core.Var) -> bool:
+        """Returns whether a variable may be computed again."""
+        return v in self._maker and self._kinds[self._maker[v]] in ("cheap", "early")
 
     def _groups(self) -> list[list[int]]:
         """Returns the equations in groups, in an order in which they can run."""
@@ -343,7 +352,8 @@ class _Plan:
     def _is_region(self, group: Sequence[int]) -> bool:
         """Returns whether a group ends with a product, computes something again or keeps the result of a rectifier."""
         made = {v for i in group if self._kinds[i] in _MEMBERS for v in self._eqns[i].outvars}
-        again, rectifiers = self._needed - self._kept, self._kept & self._rectifiers.keys()
+        again = {v for v, _ in self._needed} - self._kept
+        rectifiers = self._kept & self._rectifiers.keys()
         return any(self._kinds[i] == "product" for i in group) or not made.isdisjoint(again | rectifiers)
 
     def _run_region(self, group: Sequence[int], env: dict[Any, Any], read_elsewhere: set[core.Var]) -> None:
@@ -377,9 +387,10 @@ class _Plan:
             kept = self._kept.intersection(eqn.outvars) if region and self._kinds[i] == "cheap" else set[core.Var]()
             with context(eqn):
                 if rectifiers := kept & self._rectifiers.keys():
-                    rectifier = self._rectifiers[rectifiers.pop()]
-                    outs = [rectifier.kept(env[rectifier.z])]
-                elif eqn.primitive.name in _ENTERED and names_in(eqn, self._scope, _Planner()):
+                    v = rectifiers.pop()
+                    env[v] = self._rectifiers[v].kept(env[self._rectifiers[v].z])
+                    continue
+                if eqn.primitive.name in _ENTERED and names_in(eqn, self._scope, _Planner()):
                     outs, _ = entered(eqn, self._scope, _Planner())(*args)
                 else:
                     outs = bind(eqn, *args)
