@@ -1,9 +1,10 @@
-"""`lean`: a function whose gradient keeps one array for each matrix product and convolution."""
+"""`lean`: a function whose gradient keeps one array a matrix product or convolution. `compare`: what that gains."""
 
 import contextlib
+import math
 import warnings
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 from jax.extend import core
@@ -13,7 +14,7 @@ from jaxrelu._programs.calls import check_state, flattened, named_as, returned
 from jaxrelu._programs.interpreter import Scope
 from jaxrelu._programs.regions import exchanged, planned
 
-__all__ = ["lean"]
+__all__ = ["Comparison", "Row", "compare", "lean"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -96,3 +97,96 @@ def _is_gradient(scope: Scope, number: int) -> bool:
         if eqn is not None and output.aval.ndim and "transpose(" in str(eqn.source_info.name_stack):
             return True
     return False
+
+
+class Row(NamedTuple):
+    """One way to compute a gradient, and what the compiler says of it.
+
+    Attributes:
+        name: the way.
+        temp_bytes: the memory it takes besides arguments and results, in bytes.
+        flops: the number of floating-point operations. Both are None where the compiler does not tell.
+    """
+
+    name: str
+    temp_bytes: int | None
+    flops: float | None
+
+
+class Comparison(tuple[Row, ...]):
+    """The rows that `compare` returns; printed, they are a table with a sentence of advice."""
+
+    __slots__ = ()
+
+    @property
+    def advice(self) -> str:
+        """What takes least memory, in one sentence."""
+        plain, leaner = self[:2]
+        known = [row for row in self if row.temp_bytes is not None]
+        if plain not in known:
+            return "The compiler does not tell how much memory a gradient takes."
+        least = min(known, key=lambda row: row.temp_bytes or 0)
+        if leaner in known and _ratio(leaner.temp_bytes, least.temp_bytes or 1) <= 1.02:
+            least = leaner
+        memory, flops = _ratio(least.temp_bytes, plain.temp_bytes), _ratio(least.flops, plain.flops)
+        if memory > 0.98:
+            return "Leave f as it is: none of these ways takes less memory."
+        way = "jax.grad(lean(f))" if least is leaner else f"jax.grad of f under {least.name}"
+        return f"{way} takes {memory:.2f} of the memory, with {flops:.2f} of the operations."
+
+    def __repr__(self) -> str:
+        """Returns the table."""
+        lines = [f"{'':34}{'temp memory':>15}{'ratio':>8}{'operations':>15}{'ratio':>8}"]
+        for name, temp_bytes, flops in self:
+            memory = "-" if temp_bytes is None else f"{temp_bytes / 2**20:,.1f} MiB"
+            operations = "-" if flops is None else f"{flops:.3e}"
+            ratios = _ratio(temp_bytes, self[0].temp_bytes), _ratio(flops, self[0].flops)
+            lines.append(f"{name:34}{memory:>15}{ratios[0]:8.2f}{operations:>15}{ratios[1]:8.2f}")
+        return "\n".join([*lines, self.advice])
+
+
+def _ratio(number: float | None, by: float | None) -> float:
+    return math.nan if number is None or not by else number / by
+
+
+def compare(f: Callable[..., Any], *args: Any, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Comparison:
+    """Compiles the gradient of f in four ways, and returns memory and operations of each, before anything is run.
+
+    The ways are f as it is; `lean(f)`; and `jax.checkpoint` of f, with the policy `dots_saveable`, which keeps the results
+    of all matrix products, and with none, which keeps the arguments of f alone.
+
+    Args:
+        f: a loss, as `jax.grad` takes it.
+        *args: its arguments, or `jax.ShapeDtypeStruct` in place of arrays: only shapes and dtypes matter.
+        argnums: the arguments in which f is differentiated.
+        has_aux: whether f returns a pair, of which the first is the loss.
+
+    Raises:
+        TypeError: `f` is not callable, or does not return a float number.
+
+    Examples:
+        >>> import jax, jaxrelu.memory
+        >>> loss = lambda w, x: jax.nn.gelu(jax.nn.gelu(x @ w) @ w).sum()
+        >>> shapes = jax.ShapeDtypeStruct((64, 64), "float32"), jax.ShapeDtypeStruct((256, 64), "float32")
+        >>> rows = jaxrelu.memory.compare(loss, *shapes)
+        >>> [row.name for row in rows]
+        ['f as it is', 'lean', 'jax.checkpoint, dots_saveable', 'jax.checkpoint']
+    """
+    if not callable(f):
+        raise TypeError(f"compare: f must be a function, got {f!r}; pass the loss, not its value")
+    out = jax.eval_shape(f, *args)
+    loss = out[0] if has_aux else out
+    if getattr(loss, "shape", None) != () or not jax.numpy.issubdtype(loss.dtype, jax.numpy.floating):
+        raise TypeError(f"compare: f must return a float number, got {loss}; take the mean, or pass has_aux=True for a pair")
+    ways = {
+        "f as it is": f,
+        "lean": lean(f),
+        "jax.checkpoint, dots_saveable": jax.checkpoint(f, policy=jax.checkpoint_policies.dots_saveable),
+        "jax.checkpoint": jax.checkpoint(f),
+    }
+    rows = list[Row]()
+    for name, way in ways.items():
+        compiled = jax.jit(jax.grad(way, argnums, has_aux=has_aux)).lower(*args).compile()
+        flops = (compiled.cost_analysis() or {}).get("flops")
+        rows.append(Row(name, getattr(compiled.memory_analysis(), "temp_size_in_bytes", None), flops))
+    return Comparison(rows)
