@@ -7,6 +7,8 @@ range is known before training, and two neighbouring levels lie 6/255 apart. rel
 layer by layer, and the largest value seen sets the distance. The network is trained with relu6 and with relu, in float32 and
 in bfloat16, and tested with every activation rounded to such levels.
 
+With --lean the loss is trained through `jaxrelu.memory.lean`, which keeps less for the backward pass: the memory is printed.
+
 Howard et al. 2017, MobileNets (arXiv:1704.04861).
 """
 
@@ -31,7 +33,7 @@ from tqdm import tqdm
 import jaxrelu
 from common import digits, options, outputs, plots, training
 from common.digits import Digits
-from jaxrelu import initializers
+from jaxrelu import initializers, memory
 
 BITS = (8, 6, 5, 4, 3, 2)
 # channels and stride of each depthwise separable block
@@ -129,7 +131,40 @@ def predict_rounded(model: MobileNet, images: Array, top: Array, levels: Array) 
     return model.apply(images, top, levels)[0].argmax(-1)
 
 
-def train(model: MobileNet, data: Digits, epochs: int, seed: int, progress: tqdm) -> None:
+def loss_of(model: MobileNet) -> tuple[Callable[..., tuple[Array, nnx.State]], nnx.State, nnx.State]:
+    """Returns the loss as a function of parameters, other state, images and labels, and parameters and other state.
+
+    It also returns the new statistics of BatchNorm: `lean` takes no model that changes its own state.
+    """
+    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(parameters: nnx.State, rest: nnx.State, images: Array, labels: Array) -> tuple[Array, nnx.State]:
+        model = nnx.merge(graph, parameters, rest, copy=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(images), labels)
+        return losses.mean(), nnx.state(model, nnx.BatchStat)
+
+    return loss, parameters, rest
+
+
+@nnx.jit
+def lean_step(model: MobileNet, optimizer: nnx.Optimizer, key: Array, images: Array, labels: Array) -> None:
+    """Updates the model on a batch as `training.train_step` does, through `lean`."""
+    images = digits.random_shift(jax.random.fold_in(key, optimizer.step[...]), images)
+    loss, parameters, rest = loss_of(model)
+    gradients, statistics = jax.grad(memory.lean(loss), has_aux=True)(parameters, rest, images, labels)
+    optimizer.update(model, gradients)
+    nnx.update(model, statistics)
+
+
+def compare(args: argparse.Namespace, data: Digits) -> memory.Comparison:
+    """Returns how much memory the gradient for one batch takes, as it is and through `lean`."""
+    model = MobileNet(jaxrelu.relu6, BLOCKS[:1] if args.quick else BLOCKS, jnp.float32, nnx.Rngs(args.seed))
+    model.train()
+    loss, *state = loss_of(model)
+    return memory.compare(loss, *state, data.train.images[:BATCH], data.train.labels[:BATCH], has_aux=True)
+
+
+def train(model: MobileNet, data: Digits, epochs: int, seed: int, lean: bool, progress: tqdm) -> None:
     """Trains the model on the training and the validation images; nothing is chosen by validation."""
     images = np.concatenate([data.train.images, data.validation.images])
     labels = np.concatenate([data.train.labels, data.validation.labels])
@@ -139,7 +174,7 @@ def train(model: MobileNet, data: Digits, epochs: int, seed: int, progress: tqdm
     model.train()
     for _ in range(epochs):
         for batch in training.batches(order, len(labels), BATCH):
-            training.train_step(model, optimizer, key, images[batch], labels[batch])
+            (lean_step if lean else training.train_step)(model, optimizer, key, images[batch], labels[batch])
         progress.update()
     model.eval()
 
@@ -149,7 +184,7 @@ def examine(name: str, dtype: DTypeLike, data: Digits, args: argparse.Namespace,
     blocks = BLOCKS[:1] if args.quick else BLOCKS
     # under jit, as otherwise the draws of each layer would be compiled one by one
     model = nnx.jit(lambda: MobileNet(getattr(jaxrelu, name), blocks, dtype, nnx.Rngs(args.seed)))()
-    train(model, data, QUICK_EPOCHS if args.quick else EPOCHS, args.seed, progress)
+    train(model, data, QUICK_EPOCHS if args.quick else EPOCHS, args.seed, args.lean, progress)
     _, largest = predict(model, data.train.images)
     # relu6's range needs no data; relu's is that seen on the training images
     top = jnp.full_like(largest, 6.0) if name == "relu6" else largest
@@ -217,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = options.demonstration(
         "relu6_convnet.py", "Train a MobileNet-style network with relu6; round it to 8 bits.", OUTPUTS
     )
+    parser.add_argument("--lean", action="store_true", help="train through jaxrelu.memory.lean, and print the memory")
     args = parser.parse_args(argv)
     with outputs.directory(parser, args.out) as directory:
         data = digits.bundled(args.seed)
@@ -225,6 +261,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         with options.progress(total=len(cases) * (QUICK_EPOCHS if args.quick else EPOCHS), unit="epoch") as progress:
             rows = [examine(*case, data, args, progress) for case in cases]
         write(directory, rows)
+        if args.lean:
+            compared = compare(args, data)
+            print(f"the gradient for a batch of {BATCH} images, relu6 in float32:\n{compared}")
+            plain, leaner = (row.temp_bytes or 0 for row in compared[:2])
+            # on a TPU, and on the CPU before JAX 0.11.1, lean plans nothing for this network
+            plans = jax.default_backend() != "tpu" and jax.__version_info__ >= (0, 11, 1)
+            if plans and not args.quick and leaner > 0.6 * plain:
+                parser.fail(f"lean must take at most 0.6 of the memory, got {leaner / plain:.2f}")
         print_summary(rows)
         wanted, granted = (60, 3) if args.quick else (97, 1)
         for row in rows:

@@ -11,7 +11,8 @@ from scripts import quick_run, rows
 
 @pytest.mark.slow
 def test_relu6_convnet(tmp_path, capsys):
-    lines = quick_run(relu6_convnet, tmp_path, capsys)
+    lines = quick_run(relu6_convnet, tmp_path, capsys, "--lean")
+    assert any(line.startswith("lean ") for line in lines)
     (row,) = rows(tmp_path / "accuracy.csv")
     assert (row["activation"], row["dtype"]) == ("relu6", "float32")
     assert lines[-1] == (
