@@ -1,4 +1,8 @@
-"""Unedited models of other frameworks, whose statistics are compared with those of the pre-activations that they compute."""
+"""Unedited models of other frameworks.
+
+Their statistics are compared with those of the pre-activations that they compute, and their gradients under `lean` with
+those that they have without.
+"""
 
 import warnings
 
@@ -9,6 +13,7 @@ import pytest
 
 import jaxrelu
 from jaxrelu.diagnostics import observe
+from jaxrelu.memory import compare, lean
 
 pytestmark = [
     pytest.mark.frameworks,
@@ -39,6 +44,18 @@ def assert_units(stats, z, axis=-1):
         np.testing.assert_allclose(getattr(stats, name), expected, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+def assert_lean(f, *args):
+    """Asserts that under lean the mean square of f and its gradient in the first argument are the same but for rounding."""
+
+    def loss(*args):
+        return jnp.mean(jnp.square(f(*args)))
+
+    want, got = (jax.jit(jax.value_and_grad(g))(*args) for g in (loss, lean(loss, platform="gpu")))
+    leaves = [jax.tree.leaves(x) for x in (want, got)]
+    for a, b in zip(*leaves, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=4e-6 * np.abs(a).max())
+
+
 @pytest.mark.parametrize("name", ["relu", "gelu", "silu", "elu", "softplus", "prelu", "our relu"])
 def test_equinox_mlp(name):
     import equinox as eqx
@@ -54,6 +71,9 @@ def test_equinox_mlp(name):
             np.testing.assert_allclose(out, f(*args), rtol=1e-5, atol=1e-6)
             assert [key.rsplit("/")[-1] for key in stats] == [name.split()[-1], name.split()[-1] + "_1"]
             z = X
+            if len(args) == 2:
+                arrays, rest = eqx.partition(model, eqx.is_inexact_array)
+                assert_lean(lambda arrays, x, rest=rest: jax.vmap(eqx.combine(arrays, rest))(x), arrays, X)
             for layer, seen in zip(model.layers[:2], stats.values(), strict=True):
                 z = jax.vmap(layer)(z)
                 assert_units(seen, z)
@@ -89,6 +109,8 @@ def test_equinox_with_channels_first():
             if i in seen:
                 assert_units(seen[i], x, axis=1)
             x = jax.vmap(layer)(x)
+    arrays, rest = eqx.partition(model, eqx.is_inexact_array)
+    assert_lean(lambda arrays, x: jax.vmap(eqx.combine(arrays, rest))(x), arrays, IMAGES)
 
 
 def test_haiku():
@@ -108,6 +130,28 @@ def test_haiku():
     assert len(stats) == 17
     units = [layer.extremes.shape[-1] for layer in stats.values()]
     assert units == [64] * 5 + [128] * 4 + [256] * 4 + [512] * 4
+    images = jnp.asarray(RNG.normal(size=images.shape).astype(np.float32))
+    variables = jax.jit(resnet.init)(KEY, images)
+    assert_lean(lambda *args: resnet.apply(*args, KEY, images)[0], *variables)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 1), reason="XLA for the CPU undoes recomputation")
+@pytest.mark.parametrize(
+    ("name", "shape", "limit"), [("ResNet50", (8, 64, 64, 3), 0.5), ("MobileNetV1", (32, 96, 96, 3), 0.5)]
+)
+def test_memory_of_haiku(name, shape, limit):
+    import haiku as hk
+
+    model = hk.transform_with_state(lambda x: getattr(hk.nets, name)(num_classes=10)(x, is_training=True))
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def loss(parameters, state, images):
+        y, state = model.apply(parameters, state, None, images)
+        return jnp.mean(jnp.square(y)), state
+
+    plain, leaner, *_ = compare(loss, *jax.eval_shape(model.init, KEY, images), images, has_aux=True)
+    assert leaner.temp_bytes <= limit * plain.temp_bytes
+    assert leaner.flops <= 1.02 * plain.flops
 
 
 def test_keras(monkeypatch):
@@ -129,7 +173,7 @@ def test_keras(monkeypatch):
             layers.ReLU(max_value=6),
         ]
     )
-    x = np.moveaxis(IMAGES, 1, -1)
+    images = x = np.moveaxis(IMAGES, 1, -1)
     model(x)
 
     def f(weights, state, x):
@@ -150,3 +194,4 @@ def test_keras(monkeypatch):
         if not linear or isinstance(layer, layers.LeakyReLU | layers.ReLU):
             assert_units(next(seen), before)
     assert next(seen, None) is None
+    assert_lean(lambda weights, state, x: model.stateless_call(weights, state, x, training=True)[0], *values, images)

@@ -138,6 +138,12 @@ def mapped(w, x):
     return jnp.mean(jax.vmap(one)(x) ** 2)
 
 
+def cast(w, x):
+    x = jax.nn.relu((x @ w[0]).astype(jnp.bfloat16)).astype(jnp.float32)
+    y = jax.nn.elu(jnp.transpose(x @ w[1])).T
+    return jnp.mean((jax.vmap(jax.nn.elu, 1)(y @ w[2]) @ jnp.concatenate([w[3], w[3, :2]])) ** 2)
+
+
 def closed_over(w, x):
     return planned(lambda x: chain(w, x))(x)
 
@@ -184,7 +190,7 @@ def counts(jaxpr, names):
     "f",
     [
         *(chain, residual, dropout, attention, scanned, conditional, gated, rematerialised, counted, straight, convolved),
-        *(mapped, closed_over),
+        *(mapped, cast, closed_over),
     ],
     ids=lambda f: f.__name__,
 )

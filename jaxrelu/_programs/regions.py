@@ -15,7 +15,7 @@ again, but never computes a product, a reduction, a collective or a random numbe
 import graphlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from jaxrelu import functions
-from jaxrelu._programs.formulas import recognized
+from jaxrelu._programs.formulas import Activation, recognized
 from jaxrelu._programs.interpreter import (
     Found,
     Scope,
@@ -118,10 +118,9 @@ class _Exchanger(Visitor):
 
     def __init__(self, scope: Scope) -> None:
         """Takes the program."""
-        found: Any = recognized(scope, ("relu", "relu6"))
         self._found = {
             v: (activation.z, functions.relu if activation.name == "relu" else functions.relu6)
-            for v, activation in found.items()
+            for v, activation in _alike(scope, "relu", "relu6")
             if v.aval.dtype.itemsize >= 4  # in 16 bits those of jax.nn take no more
         }
 
@@ -182,10 +181,19 @@ class _Rectifier(NamedTuple):
     parts: frozenset[core.Var]
 
 
+def _alike(scope: Scope, *names: str) -> Iterator[tuple[Any, Activation]]:
+    """Yields the activations whose results have the dtype and the layout of their pre-activations."""
+    results: Any = recognized(scope, names)
+    for v, activation in results.items():
+        axes = tuple(range(v.aval.ndim))
+        if v.aval.dtype == activation.z.aval.dtype and (activation.axes or [axes])[0] == axes:
+            yield v, activation
+
+
 def _rectifiers(scope: Scope) -> dict[core.Var, _Rectifier]:
     """Returns the rectifiers of a program by their results. Result and pre-activation have the same sign."""
     found = dict[core.Var, _Rectifier]()
-    for v, activation in recognized(scope, ("relu", "relu6", "leaky_relu", "elu")).items():
+    for v, activation in _alike(scope, "relu", "relu6", "leaky_relu", "elu"):
         numbers = [float(a.val) for a in activation.arguments if isinstance(a, core.Literal)]
         if len(numbers) == len(activation.arguments) and all(number > 0 for number in numbers):
             alpha = [*numbers, 1.0][0] if activation.name == "elu" else None
