@@ -86,6 +86,13 @@ def gated(w, x):
     return jnp.mean((y * jax.nn.sigmoid(jax.nn.relu(y.mean(0, keepdims=True) @ w[2]) @ w[3])) ** 2)
 
 
+def read_by_many(w, x):
+    gate = jnp.tanh(x @ w[0])
+    for each in w:
+        x = jnp.sin(x @ each) * gate
+    return jnp.mean(x**2)
+
+
 def rematerialised(w, x):
     x = jax.checkpoint(lambda h: layer(layer(h, w[0]), w[1]))(x)
     x = jax.jit(lambda h: layer(h, w[2]))(x)
@@ -189,7 +196,20 @@ def counts(jaxpr, names):
 @pytest.mark.parametrize(
     "f",
     [
-        *(chain, residual, dropout, attention, scanned, conditional, gated, rematerialised, counted, straight, convolved),
+        *(
+            chain,
+            residual,
+            dropout,
+            attention,
+            scanned,
+            conditional,
+            gated,
+            read_by_many,
+            rematerialised,
+            counted,
+            straight,
+            convolved,
+        ),
         *(mapped, cast, closed_over),
     ],
     ids=lambda f: f.__name__,
@@ -308,6 +328,7 @@ def test_other_outputs_and_arguments_pass_through():
     assert (float(loss), rest["name"], rest["none"]) == (pytest.approx(2 * float(chain(W, X))), "model", None)
     np.testing.assert_array_equal(rest["x"], X)
     assert planned(f).__name__ == "f"
+    assert planned(lambda x: (x, x, 1.0))(2.0) == (2.0, 2.0, 1.0)  # a program of no equations
 
 
 def test_platforms():

@@ -242,6 +242,8 @@ class _Plan:
         self._classify()
         self._needed = self._read_by_derivatives()
         self._kept = self._cut()
+        # what is computed again, and the rectifiers whose result is kept, need a region
+        self._reasons = {v for v, _ in self._needed} - self._kept | self._kept & self._rectifiers.keys()
 
     def _classify(self) -> None:
         uses = Counter(v for inputs in (*self._inputs, self._outputs) for v in inputs)
@@ -284,7 +286,7 @@ class _Plan:
             return eqn.outvars
         if name in _LINEAR:
             return [v for v in inputs if v not in self._active]
-        if name in ("mul", *_PRODUCTS):
+        if name in ("mul", "dot_general", "conv_general_dilated"):
             return [v for v, other in zip(eqn.invars, active[::-1], strict=True) if other and isinstance(v, core.Var)]
         if name == "div" and not active[1]:
             return [v for v in eqn.invars[1:] if isinstance(v, core.Var)]
@@ -360,9 +362,7 @@ class _Plan:
     def _is_region(self, group: Sequence[int]) -> bool:
         """Returns whether a group ends with a product, computes something again or keeps the result of a rectifier."""
         made = {v for i in group if self._kinds[i] in _MEMBERS for v in self._eqns[i].outvars}
-        again = {v for v, _ in self._needed} - self._kept
-        rectifiers = self._kept & self._rectifiers.keys()
-        return any(self._kinds[i] == "product" for i in group) or not made.isdisjoint(again | rectifiers)
+        return any(self._kinds[i] == "product" for i in group) or not made.isdisjoint(self._reasons)
 
     def _run_region(self, group: Sequence[int], env: dict[Any, Any], read_elsewhere: set[core.Var]) -> None:
         equations, more = set(group), list(group)
@@ -443,7 +443,8 @@ def _reaches_sink(edges: Sequence[tuple[int, int, int]], source: int, sink: int)
     """
     from scipy.sparse import coo_array, csgraph
 
-    start, end, capacity = np.array(edges, np.int32).T
+    # each once, as SciPy adds up what stands twice
+    start, end, capacity = np.array(sorted(set(edges)), np.int32).reshape(-1, 3).T
     graph = coo_array((capacity, (start, end)), (sink + 1, sink + 1)).tocsr()
     left = (graph - csgraph.maximum_flow(graph, source, sink).flow).tocoo()
     open_ways = left.data > 0
