@@ -11,7 +11,7 @@ from jax.extend import core
 
 from jaxrelu._lowering import portable
 from jaxrelu._programs.calls import check_state, flattened, named_as, returned
-from jaxrelu._programs.interpreter import Scope
+from jaxrelu._programs.interpreter import Scope, bodies, opened
 from jaxrelu._programs.regions import exchanged, planned
 
 __all__ = ["Comparison", "Row", "compare", "lean"]
@@ -28,7 +28,7 @@ def lean(f: Callable[_P, _R], *, platform: str | None = None) -> Callable[_P, _R
     bytes are kept from which those that derivatives read can be computed again: after a convolution and a norm its output,
     so that norm and activation are computed again; after a dense layer the output of relu. Products, reductions,
     collectives and random numbers are never computed again. Use it around the loss, inside `jax.jit`: outside, each call is
-    traced and planned anew.
+    traced and planned anew, and `f` too must be one that `jax.jit` takes.
 
     In float32 a gradient under jit is the same bit for bit, or differs by rounding. In bfloat16 and float16 it differs by
     more: without `lean` XLA keeps numbers between two operations in float32, and what is kept here is rounded.
@@ -76,27 +76,32 @@ def lean(f: Callable[_P, _R], *, platform: str | None = None) -> Callable[_P, _R
             program, (out, left) = jax.make_jaxpr(function, return_shape=True)(*arrays)
             check_state("lean", f, program, left)
             scope = Scope(program)
-            if _is_gradient(scope, len(scope.jaxpr.outvars) - len(left)):
+            if _returns_a_gradient(scope, scope.jaxpr.outvars[: len(scope.jaxpr.outvars) - len(left)]):
                 message = "lean: f returns a gradient, which is not made leaner; use jax.grad(lean(loss))"
                 warnings.warn(message, stacklevel=2)
+                return f(*args, **kwargs)
             return returned(out, (planned if plans else exchanged)(scope, arrays))
 
     return named_as(leaned, f)
 
 
-def _is_gradient(scope: Scope, number: int) -> bool:
-    """Returns whether one of the first outputs of a program, this number of them, is an array from a backward pass."""
-    outputs: Any = scope.jaxpr.outvars[:number]
-    for output in outputs:
-        v: Any = output
-        inner, eqn = scope, None if isinstance(v, core.Literal) else scope.made_by.get(v)
-        while eqn is not None and eqn.primitive.name == "jit":
-            inner, place = inner.inside(eqn)[0], eqn.outvars.index(v)
-            v = inner.jaxpr.outvars[place]
-            eqn = None if isinstance(v, core.Literal) else inner.made_by.get(v)
-        if eqn is not None and output.aval.ndim and "transpose(" in str(eqn.source_info.name_stack):
-            return True
-    return False
+def _returns_a_gradient(scope: Scope, outputs: Sequence[Any]) -> bool:
+    """Returns whether arrays among these outputs of a program were computed from the results of a backward pass."""
+    eqns = scope.jaxpr.eqns
+    if len(eqns) == 1 and eqns[0].primitive.name == "jit":
+        inner = scope.inside(eqns[0])[0]
+        pairs = zip(eqns[0].outvars, inner.jaxpr.outvars, strict=True)
+        return _returns_a_gradient(inner, [w for v, w in pairs if v in outputs])
+    behind = set[Any]()
+    for eqn in eqns:
+        if _goes_backward(eqn) or not behind.isdisjoint(v for v in eqn.invars if isinstance(v, core.Var)):
+            behind.update(eqn.outvars)
+    return any(v in behind and getattr(v.aval, "ndim", 0) for v in outputs if not isinstance(v, core.Literal))
+
+
+def _goes_backward(eqn: core.JaxprEqn) -> bool:
+    inside = (inner for body in bodies(eqn) for inner in opened(body).eqns)
+    return "transpose(" in str(eqn.source_info.name_stack) or any(map(_goes_backward, inside))
 
 
 class Row(NamedTuple):

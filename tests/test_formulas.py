@@ -14,7 +14,12 @@ from jaxrelu._programs import formulas
 from jaxrelu._programs.formulas import NAMES, recognized, unit_axis
 from jaxrelu._programs.interpreter import Scope
 
-EACH = formulas._FUNCTIONS
+EACH = [
+    *((name, getattr(jax.nn, name)) for name in formulas.NAMES if hasattr(jax.nn, name)),
+    ("gelu", functools.partial(jax.nn.gelu, approximate=False)),
+    ("maximum", lambda x: jnp.maximum(x, 0)),
+    ("where", lambda x: jnp.where(x > 0, x, 0)),
+]
 FUNCTIONS = dict(reversed(EACH))
 DEFAULT = [name for name, _ in EACH if name in formulas.DEFAULT]
 F32 = jnp.float32
@@ -223,6 +228,14 @@ PRODUCTS = {
     "dense with a bias": (1, lambda x, w, b: relu(x @ w + b), X, W, B),
     "dense, weights first": (1, lambda w, x: relu(x @ w.T), V, X),
     "three axes": (2, lambda x, w, b: relu(x @ w + b), array(2, 7, 3), W, B),
+    "masked weights": (1, lambda x, w, m, b: relu(x @ (w * m) + b), X, W, W, B),
+    "normed weights": (1, lambda x, w, g: relu(x @ (g * w / jnp.sqrt((w * w).sum(0, keepdims=True)))), X, W, B),
+    "scaled weights": (1, lambda x, w: relu(x @ (w * 0.5)), X, W),
+    "sum of weights": (1, lambda x, w, p, q: relu(x @ (w + p @ q)), X, W, array(3, 2), array(2, 5)),
+    "stacked weights": (1, lambda x, w: relu(jnp.tanh(x @ w[0]) @ w[1]), X, array(2, 3, 3)),
+    "one vector of weights": (1, lambda x, p: relu(x @ p[:15].reshape(3, 5) + p[None, 15:]), X, array(20)),
+    "graph": (1, lambda a, x, w: relu(a @ (x @ w)), array(7, 7), X, W),
+    "graph with a bias": (1, lambda a, x, w, b: relu(a @ (x @ w) + b), array(7, 7), X, W, B),
     "vmap": (1, jax.vmap(lambda x, w, b: relu(w @ x + b), (0, None, None)), X, V, B),
     "vmap without bias": (0, jax.vmap(lambda x, w: relu(w @ x), (0, None)), X, V),
     "vmap of a row": (1, jax.vmap(lambda x, w: relu(x @ w), (0, None)), X, W),

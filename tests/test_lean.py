@@ -151,6 +151,18 @@ def cast(w, x):
     return jnp.mean((jax.vmap(jax.nn.elu, 1)(y @ w[2]) @ jnp.concatenate([w[3], w[3, :2]])) ** 2)
 
 
+def rounded(w, x):
+    x = x @ w[0]
+    x = jnp.where(x >= 0, x, lax.reduce_precision(0.1 * x, 5, 2)) @ w[1]
+    x = jnp.where(x >= 0, x, (0.1 * x.astype(jnp.bfloat16)).astype(jnp.float32)) @ w[2]
+    return jnp.mean(x**2)
+
+
+def complex_numbers(w, x):
+    x = jnp.abs(jnp.fft.fft(jax.nn.gelu(x @ w[0]))) @ w[1]
+    return jnp.mean(jnp.abs(lax.complex(x, x) @ lax.complex(w[2], w[3])))
+
+
 def closed_over(w, x):
     return planned(lambda x: chain(w, x))(x)
 
@@ -210,7 +222,7 @@ def counts(jaxpr, names):
             straight,
             convolved,
         ),
-        *(mapped, cast, closed_over),
+        *(mapped, cast, rounded, complex_numbers, closed_over),
     ],
     ids=lambda f: f.__name__,
 )
@@ -218,23 +230,25 @@ def test_values_and_gradients_are_those_of_f(f):
     assert_same(f, KERNEL if f is convolved else W, X)
 
 
-@pytest.mark.parametrize(
-    "activation",
-    [
-        *(jaxrelu.relu, jaxrelu.leaky_relu, jaxrelu.elu, jaxrelu.relu6),
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
+def test_derivatives_are_those_of_f_at_kinks_and_far_from_them(dtype):
+    points = jnp.array([-jnp.inf, -20, -9, -7, -1, -1e-6, 0, 1e-6, 1, 6, 7, jnp.inf], dtype)
+    activations = [
+        *(jax.nn.relu, jax.nn.relu6, jax.nn.leaky_relu, jax.nn.elu, jax.nn.gelu),
+        *(jaxrelu.relu, jaxrelu.relu6, jaxrelu.leaky_relu, jaxrelu.elu),
         *(functools.partial(jaxrelu.relu6, kink=0.5), functools.partial(jaxrelu.elu, save="output")),
-        functools.partial(jaxrelu.prelu, negative_slope=jnp.array(0.2)),
-    ],
-    ids=lambda f: getattr(f, "__name__", str(f)),
-)
-def test_derivatives_at_kinks_are_those_of_f(activation):
-    points = jnp.array([[-2.0, 0.0, 6.0, 7.0, 1.0, -0.5]]) @ jnp.eye(6)
+        functools.partial(jaxrelu.prelu, negative_slope=jnp.array(0.2, dtype)),
+    ]
 
-    def f(x):
-        return jnp.sum((activation(x @ jnp.eye(6)) @ jnp.eye(6)) * jnp.arange(1.0, 7.0)[None])
+    def gradients(x, wrap):
+        def f(x, activation):
+            return jnp.sum(activation(x)[:, None] @ jnp.ones((1, 2), dtype))
 
-    want, got = jax.jit(jax.grad(f))(points), jax.jit(jax.grad(planned(f)))(points)
-    np.testing.assert_array_equal(want, got)
+        return [jax.grad(wrap(functools.partial(f, activation=activation)))(x) for activation in activations]
+
+    want, got = (jax.jit(gradients, static_argnums=1)(points, wrap) for wrap in (lambda f: f, planned))
+    for a, b in zip(want, got, strict=True):
+        np.testing.assert_array_equal(a.astype(jnp.float32), b.astype(jnp.float32))
 
 
 def test_forward_mode_second_derivatives_and_vmap():
@@ -346,7 +360,11 @@ def test_errors_and_warnings():
         lean(3)
     with pytest.raises(ValueError, match=r"lean: platform must be None or one of cpu, gpu, cuda, rocm, tpu, got 'metal'"):
         lean(chain, platform="metal")
-    for gradient in (jax.grad(chain), jax.jit(jax.value_and_grad(chain))):
+
+    def step(w, x):
+        return w - 0.1 * jax.grad(chain)(w, x), chain(w, x)
+
+    for gradient in (jax.grad(chain), jax.jit(jax.value_and_grad(chain)), step):
         with pytest.warns(UserWarning, match=r"lean: f returns a gradient, .* use jax.grad\(lean\(loss\)\)"):
             planned(gradient)(W, X)
 

@@ -49,12 +49,13 @@ _FUNCTIONS: list[tuple[str, Callable[..., Any], list[float]]] = [
     ("where", _where, []),
     # of this package, in `portable`; relu and relu6 are there as in jax.nn
     ("leaky_relu", functions.leaky_relu_formula, [0.01]),
-    ("elu", functools.partial(functions.elu, save="output"), []),
+    ("elu_output", functools.partial(functions.elu, save="output"), []),
 ]
 _PRODUCTS = (lax.conv_general_dilated_p, lax.dot_general_p)
+_NOT_FOR_WEIGHTS = (*_PRODUCTS, lax.tanh_p, lax.logistic_p)  # nor custom_jvp functions
 _COMMUTATIVE = (lax.add_p, lax.mul_p, lax.max_p, lax.min_p)
 # these change how an array is kept, and none of its numbers
-_UNCHANGED = ("copy", "copy_p", "name", "pcast", "pvary", "reduce_precision", "reshard", "sharding_constraint")
+_UNCHANGED = ("copy", "copy_p", "name", "pcast", "pvary", "reshard", "sharding_constraint")
 
 Axes = tuple[int | None, ...]  # for each axis of a value, which axis of a part of it that is; None where the part has none
 
@@ -109,10 +110,19 @@ class Place(NamedTuple):
         *_, last = self.copies()
         return last
 
-    def is_parameter(self) -> bool:
-        """Returns whether this is a float array that the program is given, and no state of a loop."""
-        scope, atom, _ = last = self.origin()
-        return last.eqn is None and atom not in scope.carried and jnp.issubdtype(atom.aval.dtype, jnp.floating)
+    def is_weights(self) -> bool:
+        """Returns whether this is computed from arrays that the program is given, without a product or an activation."""
+        places, seen = [self], set[Any]()
+        while places:
+            scope, atom, _ = last = places.pop().origin()
+            if isinstance(atom, core.Literal) or last[:2] in seen:
+                continue
+            seen.add(last[:2])
+            eqn = last.eqn
+            if atom in scope.carried or (eqn and (eqn.primitive in _NOT_FOR_WEIGHTS or bodies(eqn))):
+                return False
+            places += [last._replace(atom=v) for v in (eqn.invars if eqn else ())]
+        return jnp.issubdtype(self.atom.aval.dtype, jnp.floating)
 
 
 def _whole(scope: Scope, atom: Any) -> Place:
@@ -336,7 +346,7 @@ def _units_of_bias(place: Place) -> list[int]:
     long = [i for i, axis in enumerate(place.axes) if axis is not None and shape[axis] != 1]
     # along the first of several axes, it would have one number for each example
     fits = len(long) == sum(n != 1 for n in shape) == 1 and (long != [0] or len(place.axes) == 1)
-    return long if fits and place.is_parameter() else []
+    return long if fits and place.is_weights() else []
 
 
 def _outputs_of_product(place: Place) -> tuple[list[int], bool]:
@@ -347,12 +357,20 @@ def _outputs_of_product(place: Place) -> tuple[list[int], bool]:
     contracted, batch = eqn.params["dimension_numbers"]
     ranks = [len(v.aval.shape) for v in eqn.invars]
     free = [n - len(contracted[0]) - len(batch[0]) for n in ranks]
-    left, right = (_whole(place.scope, v).is_parameter() for v in eqn.invars)
+    operands = [_whole(place.scope, v) for v in eqn.invars]
+    left, right = (operand.is_weights() for operand in operands)
     mapped = is_mapped(place.scope, eqn)
     # if both may be: x @ w; but under vmap, which makes two matrices of w @ x, what is constant, or a product over last axes
-    constant = [p.atom in p.scope.jaxpr.constvars for p in (_whole(place.scope, v).origin() for v in eqn.invars)]
+    constant = [p.atom in p.scope.jaxpr.constvars for p in (operand.origin() for operand in operands)]
     last = all(axes[-1:] == (n - 1,) for axes, n in zip(contracted, ranks, strict=True))
     first = left and (not right or (mapped and (constant[0] if constant[0] != constant[1] else last)))
+    if first and not right:  # adjacency @ (x @ w), and x @ (w + p @ q): the units are those of the product inside
+        behind = (copies[-1] for copies in _behind(operands[1]))
+        inner = next((p for p in behind if p.eqn is not None and p.eqn.primitive in _PRODUCTS), None)
+        units = _outputs_of_product(inner)[0] if inner else []
+        rest = [axis for axis in range(ranks[1]) if axis not in (*contracted[1], *batch[1])]
+        if inner and (axes := [i for i, axis in enumerate(rest) if inner.axes[axis] in units]):
+            return [len(batch[0]) + free[0] + i for i in axes], False
     start, size = (len(batch[0]), free[0]) if first else (len(batch[0]) + free[0], free[1])
     certain = left != right or (not mapped and free[0] > free[1] == 1)
     return list(range(start, start + size)) if left or right else [], certain

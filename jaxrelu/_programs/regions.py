@@ -182,27 +182,30 @@ class _Rectifier(NamedTuple):
 
 
 def _alike(scope: Scope, *names: str) -> Iterator[tuple[Any, Activation]]:
-    """Yields the activations whose results have the dtype and the layout of their pre-activations."""
+    """Yields the activations whose results have the layout of their pre-activations, and are in their dtype throughout."""
     results: Any = recognized(scope, names)
     for v, activation in results.items():
         axes = tuple(range(v.aval.ndim))
-        if v.aval.dtype == activation.z.aval.dtype and (activation.axes or [axes])[0] == axes:
+        dtypes = {w.aval.dtype for w in (v, activation.z, *activation.parts) if _is_float(w)}
+        if len(dtypes) == 1 and (activation.axes or [axes])[0] == axes:
             yield v, activation
 
 
 def _rectifiers(scope: Scope) -> dict[core.Var, _Rectifier]:
-    """Returns the rectifiers of a program by their results. Result and pre-activation have the same sign."""
+    """Returns by their results the activations whose derivative is a function of the result."""
     found = dict[core.Var, _Rectifier]()
-    for v, activation in _alike(scope, "relu", "relu6", "leaky_relu", "elu"):
+    for v, activation in _alike(scope, "relu", "relu6", "leaky_relu", "elu_output"):
         numbers = [float(a.val) for a in activation.arguments if isinstance(a, core.Literal)]
-        if len(numbers) == len(activation.arguments) and all(number > 0 for number in numbers):
-            alpha = [*numbers, 1.0][0] if activation.name == "elu" else None
-            found[v] = _Rectifier(activation.z, _from_result(activation.function, numbers, alpha), activation.parts)
+        # result and pre-activation have the same sign, but for a small result of leaky_relu that 16 bits round to 0
+        exact = activation.name != "leaky_relu" or v.aval.dtype.itemsize >= 4
+        if exact and len(numbers) == len(activation.arguments) and all(number > 0 for number in numbers):
+            kept = _from_result(activation.function, numbers, activation.name == "elu_output")
+            found[v] = _Rectifier(activation.z, kept, activation.parts)
     return found
 
 
-def _from_result(function: Callable[..., Array], numbers: Sequence[float], alpha: float | None) -> Callable[[Array], Array]:
-    """Returns an activation whose result is kept, and is all that its derivative reads; alpha if it is elu."""
+def _from_result(function: Callable[..., Array], numbers: Sequence[float], is_elu: bool) -> Callable[[Array], Array]:
+    """Returns an activation whose result is kept, and is all that its derivative reads."""
 
     def value(z: Array) -> Array:
         return function(z, *numbers)
@@ -212,8 +215,8 @@ def _from_result(function: Callable[..., Array], numbers: Sequence[float], alpha
     @rectifier.defjvp
     def rule(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
         y, (g,) = _keep(rectifier(*primals)), tangents
-        if alpha is not None:  # elu's derivative for x < 0 is alpha * exp(x), which is y + alpha
-            return y, jnp.where(y > 0, g, (y + alpha) * g)
+        if is_elu:  # of this package, with save="output" and alpha 1
+            return y, jnp.where(y > 0, jnp.ones_like(y), y + 1) * g
         # relu, relu6 and leaky_relu have the same derivative at y as at z
         return y, jax.jvp(value, (y,), (g,))[1]
 
@@ -259,10 +262,11 @@ class _Plan:
                 continue
             if source is not None and self._kinds[source] == "product" and uses[inputs[0]] == 1 and _completes(eqn):
                 kind, level = "product", self._at[source]
-            elif name in _PRODUCTS:
+            elif name in _PRODUCTS and not _is_complex(eqn.outvars[0]):
                 kind, level = "product", max(level, 0)
             else:
-                costly = "alone" if eqn.effects or bodies(eqn) or name in _LEFT_ALONE else "costly"
+                left = eqn.effects or bodies(eqn) or name in _LEFT_ALONE or any(map(_is_complex, (*inputs, *eqn.outvars)))
+                costly = "alone" if left else "costly"
                 kind, level = "cheap" if cheap else costly, max(level, 0)
             self._kinds.append(kind)
             self._at.append(level)
@@ -409,6 +413,11 @@ class _Plan:
 
 def _is_float(v: Any) -> bool:
     return jnp.issubdtype(getattr(v.aval, "dtype", None) or jnp.bool, jnp.inexact)
+
+
+def _is_complex(v: Any) -> bool:
+    """Returns whether a variable has complex numbers: `jax.checkpoint` saves none."""
+    return jnp.issubdtype(getattr(v.aval, "dtype", None) or jnp.bool, jnp.complexfloating)
 
 
 def _bytes(v: Any) -> int:
