@@ -1,11 +1,14 @@
 """What jaxrelu gains: memory, time and start-up time, beside those of its peers.
 
-A peer is what an activation is compared with: jax.nn's or Flax's activation, PyTorch's, or a plain copy of the array.
+A peer is what an activation is compared with: jax.nn's or Flax's activation, PyTorch's, or a plain copy of the array. The
+peer lean is jax.nn's or Flax's activation with the loss under `jaxrelu.memory.lean`; on a TPU, where that is the loss
+itself, it is left out.
 
     python -m jaxrelu.benchmark --quick
     python -m jaxrelu.benchmark --json cpu.jsonl --plot memory.png
     python -m jaxrelu.benchmark --platform h200 --compile-only --json h200.jsonl
     python -m jaxrelu.benchmark --from cpu.jsonl h200.jsonl --plot memory.png
+    python -m jaxrelu.benchmark --from cpu.jsonl h200.jsonl --ratios
 
 Each line of the JSON file is one measurement. Its field `what` is one of these:
 
@@ -26,7 +29,8 @@ Each line of the JSON file is one measurement. Its field `what` is one of these:
     import      `import jaxrelu` and `import jax`, each in a process of its own
 
 Some networks are dense: mlp, residual, blocks (each layer jitted by itself), checkpoint (each layer under jax.checkpoint),
-scan, vmapped (over the examples) and transformer. Others are convolutional: conv, conv_norm, resnet18, mobilenet and unet.
+scan, vmapped (over the examples), transformer, gelu (an mlp with jax.nn.gelu, whatever the activation) and autoencoder.
+Others are convolutional: conv, conv_norm, resnet18, mobilenet and unet.
 linen and nnx are training steps in Flax. `jaxrelu.benchmark.networks.build` says what batch, width and layers mean for each.
 
 A measurement has either `median_s` and `spread` (the interquartile range), both in seconds, or `temp_bytes`. The activation

@@ -15,6 +15,7 @@ from jaxrelu.benchmark.layers import Shape
 from jaxrelu.benchmark.networks import build, values
 from jaxrelu.benchmark.peers import PEERS, Activation, identity
 from jaxrelu.benchmark.targets import Target, compile_network
+from jaxrelu.memory import lean
 
 __all__ = ["grow", "peak", "peak_bytes", "resettable", "resident_bytes", "run"]
 
@@ -95,7 +96,8 @@ def peak(network: str, activation: str, peer: str, dtype: str, batch: int, width
         such as the arguments. None if the peak was reached before the run.
     """
     device = jax.devices()[0]
-    built = build(network, _function(activation, peer), batch, width, dtype, layers=layers)
+    how: dict[str, Any] = {"around": lean} if peer == "lean" else {}
+    built = build(network, _function(activation, peer), batch, width, dtype, layers=layers, **how)
     compiled = compile_network(built, Target(device, ""))
 
     def zeros(shape: Shape) -> Array:

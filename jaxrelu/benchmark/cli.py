@@ -56,11 +56,12 @@ _CHANGES = {
     "width": _SHAPED,
     "layers": _SHAPED,
     "plot": ("memory",),
+    "ratios": ("memory",),
 }
 _EXAMPLES = f"""examples:
   python -m {_PROGRAM} --quick
   python -m {_PROGRAM} --compile-only --json memory.jsonl --plot memory.png
-  python -m {_PROGRAM} --from memory.jsonl
+  python -m {_PROGRAM} --from memory.jsonl --ratios
 """
 
 
@@ -124,6 +125,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", type=_path, metavar="FILE", help="each measurement is appended to it as a line; default: none")
     add("--plot", type=_path, metavar="FILE.png", help="the picture of memory by network; default: none")
     add("--from", type=_path, nargs="+", dest="sources", metavar="FILE", help="show what these files hold; default: measure")
+    add(
+        "--ratios",
+        action="store_true",
+        help="print the ratios of memory to jax.nn's, in Markdown; default: off",
+    )
     add("--quick", action="store_true", help="less than a minute, most kinds for the first activation only; default: off")
     add(
         "--platform", choices=("cpu", "gpu", *AHEAD), help=f"default: what JAX finds; {', '.join(AHEAD)} need --compile-only"
@@ -157,14 +163,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             if options.sources:
                 found = [record for path in options.sources for record in _read(path, parser)]
-                if options.plot is not None and not _drawable(found):
-                    parser.error("--plot: the files of --from hold no measurement of memory")
+                if (options.plot is not None or options.ratios) and not _drawable(found):
+                    parser.error(
+                        f"--{'ratios' if options.ratios else 'plot'}: the files of --from hold no measurement of memory"
+                    )
                 records += found
             else:
                 _choose_platform(options, given, parser)
                 _measure(options, records)
         finally:
-            shown = _show(records, options.plot)
+            shown = _show(records, options.plot, options.ratios)
         if not shown:
             parser.error("there is no measurement that a table would show")
         return 0
@@ -183,7 +191,7 @@ def _ignored(options: argparse.Namespace, given: argparse.Namespace) -> str | No
     """Returns which of the given options would have no effect, and why."""
     names = [name for name, value in vars(given).items() if value is not None]
     if options.sources:
-        idle = [name.replace("_", "-") for name in names if name not in ("sources", "plot")]
+        idle = [name.replace("_", "-") for name in names if name not in ("sources", "plot", "ratios")]
         return f"--{idle[0]} has no effect with --from, which measures nothing" if idle else None
     if given.target is not None and options.platform != "h200":
         return "--target is for --platform h200"
@@ -274,9 +282,11 @@ def _is_measurement(fields: Any) -> bool:
     )
 
 
-def _show(records: list[Measures], plot: Path | None) -> bool:
-    """Prints the tables and draws the picture of memory; returns whether there is any table."""
-    shown = report.print_tables(records)
+def _show(records: list[Measures], plot: Path | None, ratios: bool) -> bool:
+    """Prints the tables, or that of ratios alone, and draws the picture of memory; returns whether there is any table."""
+    if ratios:
+        report.print_ratios(records)
+    shown = ratios or report.print_tables(records)
     if plot is not None and _drawable(records):
         report.plot_memory(records, plot)
     return shown

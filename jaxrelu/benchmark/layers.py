@@ -7,9 +7,21 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxrelu.benchmark.peers import Activation
+from jaxrelu.benchmark.peers import Activation, identity
 
-__all__ = ["HEAD", "TOKENS", "Layer", "Shape", "dense", "residual", "slope_shape", "transformer", "vmapped"]
+__all__ = [
+    "HEAD",
+    "TOKENS",
+    "Layer",
+    "Shape",
+    "autoencoder",
+    "dense",
+    "gelu",
+    "residual",
+    "slope_shape",
+    "transformer",
+    "vmapped",
+]
 
 Shape = jax.ShapeDtypeStruct
 # the number of tokens in a sequence, and the width of an attention head
@@ -48,6 +60,18 @@ def vmapped(width: int, dtype: Any) -> Layer:
     return Layer(_vmapped, _dense_parameters(width, dtype))
 
 
+def gelu(width: int, dtype: Any) -> Layer:
+    """Returns `dense` with jax.nn.gelu in place of any activation: what `lean` does for one that jaxrelu does not have."""
+    return Layer(_gelu, _dense_parameters(width, dtype))
+
+
+def autoencoder(width: int, dtype: Any) -> Layer:
+    """Returns what an overcomplete autoencoder, of one hidden layer 4 times as wide as x, fails to reconstruct of x."""
+    wide = 4 * width
+    matrices = (Shape((width, wide), dtype), Shape((wide,), dtype), Shape((wide, width), dtype), Shape((width,), dtype))
+    return Layer(_autoencoder, (*matrices, slope_shape()))
+
+
 def transformer(width: int, dtype: Any) -> Layer:
     """Returns a transformer's block: attention and a feed-forward part, each after a LayerNorm."""
     scale = Shape((width,), jnp.float32)
@@ -58,6 +82,17 @@ def transformer(width: int, dtype: Any) -> Layer:
 def _dense(activation: Activation, parameters: Any, x: Array) -> Array:
     w, b, slope = parameters
     return activation(x @ w + b, slope)
+
+
+def _gelu(activation: Activation, parameters: Any, x: Array) -> Array:
+    if activation is identity:
+        return _dense(activation, parameters, x)
+    return _dense(lambda x, slope: jax.nn.gelu(x), parameters, x)
+
+
+def _autoencoder(activation: Activation, parameters: Any, x: Array) -> Array:
+    w_in, b_in, w_out, b_out, slope = parameters
+    return activation(x @ w_in + b_in, slope) @ w_out + b_out - x
 
 
 def _vmapped(activation: Activation, parameters: Any, x: Array) -> Array:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxrelu.benchmark import vision
-from jaxrelu.benchmark.layers import TOKENS, Layer, Shape, dense, residual, transformer, vmapped
+from jaxrelu.benchmark.layers import TOKENS, Layer, Shape, autoencoder, dense, gelu, residual, transformer, vmapped
 from jaxrelu.benchmark.peers import SLOPE, Activation
 
 __all__ = ["EXPERT", "NETWORKS", "STEPS", "Network", "adam", "adam_step", "build", "values"]
@@ -33,8 +33,20 @@ class Network(NamedTuple):
     loss: Callable[..., Array] | None = None
 
 
+def _as_it_is(function: Any) -> Any:
+    return function
+
+
 def build(
-    name: str, activation: Activation, batch: int, width: int, dtype: Any, *, layers: int = 8, expert: bool = False
+    name: str,
+    activation: Activation,
+    batch: int,
+    width: int,
+    dtype: Any,
+    *,
+    layers: int = 8,
+    expert: bool = False,
+    around: Callable[..., Any] = _as_it_is,
 ) -> Network:
     """Returns a network of NETWORKS.
 
@@ -47,11 +59,12 @@ def build(
         dtype: the dtype of parameters and activations.
         layers: the number of layers. The transformer has a quarter as many blocks; resnet18 has as many basic blocks, at
             most 8; mobilenet has as many inverted residuals, at most 17; unet halves the resolution once for every four
-            layers, at least once and at most 4 times.
+            layers, at least once and at most 4 times. The autoencoder has one hidden layer, of 4 times the width.
         expert: whether each layer is under `jax.checkpoint(dots_saveable)`, as an expert would save memory.
+        around: what the loss goes through before its gradient is taken, such as `jaxrelu.memory.lean`.
     """
     if name in STEPS:
-        return STEPS[name](activation, batch, width, dtype, layers)
+        return STEPS[name](activation, batch, width, dtype, layers, around)
     if name in _CONVOLUTIONAL:
         x, network = _CONVOLUTIONAL[name](batch * width, dtype, layers)
     else:
@@ -76,8 +89,8 @@ def build(
 
     if name == "scan":
         stacked = [Shape((layers, *p.shape), p.dtype) for p in network[0].parameters]
-        return Network(jax.grad(loss_of_scan), (stacked, x), loss_of_scan)
-    return Network(jax.grad(loss), ([layer.parameters for layer in network], x), loss)
+        return Network(jax.grad(around(loss_of_scan)), (stacked, x), around(loss_of_scan))
+    return Network(jax.grad(around(loss)), ([layer.parameters for layer in network], x), around(loss))
 
 
 def _mean_square(y: Array) -> Array:
@@ -97,8 +110,8 @@ def _transformer(batch: int, width: int, dtype: Any, layers: int) -> tuple[Shape
     return Shape((batch // TOKENS, TOKENS, width), dtype), [transformer(width, dtype)] * max(1, layers // 4)
 
 
-def _as_it_is(layer: Any) -> Any:
-    return layer
+def _autoencoder(batch: int, width: int, dtype: Any, layers: int) -> tuple[Shape, list[Layer]]:
+    return Shape((batch, width), dtype), [autoencoder(width, dtype)]
 
 
 _remat = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
@@ -111,6 +124,8 @@ _DENSE = {
     "scan": _mlp,
     "vmapped": _repeated(vmapped),
     "transformer": _transformer,
+    "gelu": _repeated(gelu),
+    "autoencoder": _autoencoder,
 }
 _CONVOLUTIONAL = {
     "conv": vision.conv,
@@ -146,7 +161,7 @@ class _LinenLayer(nn.Module):
         return self.activation(nn.Dense(self.width, dtype=self.dtype, param_dtype=self.dtype)(x), slope)
 
 
-def _linen_step(activation: Activation, batch: int, width: int, dtype: Any, layers: int) -> Network:
+def _linen_step(activation: Activation, batch: int, width: int, dtype: Any, layers: int, around: Any) -> Network:
     model = nn.Sequential([_LinenLayer(activation, width, dtype) for _ in range(layers)])
     x = Shape((batch, width), dtype)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
@@ -155,7 +170,7 @@ def _linen_step(activation: Activation, batch: int, width: int, dtype: Any, laye
         y: Any = model.apply(variables, x)
         return _mean_square(y)
 
-    return Network(adam_step(loss), (variables, jax.eval_shape(adam.init, variables), x))
+    return Network(adam_step(around(loss)), (variables, jax.eval_shape(adam.init, variables), x))
 
 
 class _NnxLayer(nnx.Module):
@@ -168,7 +183,7 @@ class _NnxLayer(nnx.Module):
         return self.activation(self.dense(x), self.negative_slope[...])
 
 
-def _nnx_step(activation: Activation, batch: int, width: int, dtype: Any, layers: int) -> Network:
+def _nnx_step(activation: Activation, batch: int, width: int, dtype: Any, layers: int, around: Any) -> Network:
     def create() -> Any:
         rngs = nnx.Rngs(0)
         model = nnx.Sequential(*(_NnxLayer(activation, width, dtype, rngs) for _ in range(layers)))
@@ -181,7 +196,7 @@ def _nnx_step(activation: Activation, batch: int, width: int, dtype: Any, layers
 
     def step(state: Any, x: Array) -> Any:
         model, optimizer = nnx.merge(graph, state)
-        optimizer.update(model, nnx.grad(loss)(model, x))
+        optimizer.update(model, nnx.grad(around(loss))(model, x))
         return nnx.state((model, optimizer))
 
     return Network(step, (state, Shape((batch, width), dtype)))

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from jaxrelu.benchmark import children, timing
 from jaxrelu.benchmark.networks import EXPERT, STEPS, build
 from jaxrelu.benchmark.peers import PEERS, Activation, identity
 from jaxrelu.benchmark.targets import Target, compile_network, kernels
+from jaxrelu.memory import lean
 
 __all__ = ["DEFAULT_KINDS", "KINDS", "Measures", "Plan", "here", "lacks"]
 
@@ -93,24 +95,27 @@ class Plan:
 
     def _memory(self, target: Target, network: str, dtype: str) -> Iterator[Measures]:
         common = {"what": "memory", "network": network, "dtype": dtype, "size": self.batch * self.width}
-        known: dict[tuple[Activation, bool], Measures] = {}
+        known: dict[tuple[Any, ...], Measures] = {}
 
-        def measured(function: Activation, expert: bool = False) -> Measures:
-            if (function, expert) not in known:
-                built = build(network, function, self.batch, self.width, dtype, layers=self.layers, expert=expert)
+        def measured(function: Activation, **how: Any) -> Measures:
+            if (function, *how) not in known:
+                built = build(network, function, self.batch, self.width, dtype, layers=self.layers, **how)
                 compiled = compile_network(built, target)
                 temp, text = compiled.memory_analysis().temp_size_in_bytes, compiled.as_text()
                 found = {"fusions": text.count(" fusion("), "kernels": kernels(text)}
-                known[function, expert] = {"temp_bytes": temp} | found
-            return common | {"device": target.name} | known[function, expert]
+                known[function, *how] = {"temp_bytes": temp} | found
+            return common | {"device": target.name} | known[function, *how]
 
         yield {"peer": "identity"} | measured(identity)
         for activation in self.activations:
             row = PEERS[activation]
             yield {"activation": activation, "peer": "jaxrelu"} | measured(row.ours)
             yield {"activation": activation, "peer": row.peer} | measured(row.reference)
+            if target.device.platform != "tpu":  # there lean returns the loss itself
+                leaned = measured(row.reference, around=functools.partial(lean, platform=target.device.platform))
+                yield {"activation": activation, "peer": "lean"} | leaned
             if network in EXPERT and not target.ahead and (not self.quick or activation == self.activations[0]):
-                yield {"activation": activation, "peer": f"{row.peer}+checkpoint"} | measured(row.reference, True)
+                yield {"activation": activation, "peer": f"{row.peer}+checkpoint"} | measured(row.reference, expert=True)
 
     @property
     def _seconds(self) -> float:
@@ -134,7 +139,7 @@ class Plan:
     def _peak(self, activation: str, network: str, dtype: str) -> Iterator[Measures]:
         size = self.batch * self.width
         common = {"what": "peak", "network": network, "dtype": dtype, "size": size, "device": here()}
-        peers = ("jaxrelu", PEERS[activation].peer, "identity")
+        peers = ("jaxrelu", PEERS[activation].peer, "lean", "identity")
 
         def measured(peer: str) -> Measures | None:
             return children.peak_bytes(network, activation, peer, dtype, self.batch, self.width, self.layers)

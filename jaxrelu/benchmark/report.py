@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["TITLES", "group", "plot_memory", "print_tables", "value"]
+__all__ = ["TITLES", "group", "plot_memory", "print_ratios", "print_tables", "value"]
 
 Record = Mapping[str, Any]
 Rows = Mapping[tuple[Any, ...], Mapping[str, Record]]
@@ -42,6 +42,8 @@ _TERMS = {
     "checkpoint": "an mlp with each layer under jax.checkpoint(dots_saveable)",
     "scan": "an mlp as lax.scan over its layers",
     "vmapped": "an mlp under jax.vmap over the examples",
+    "gelu": "an mlp with jax.nn.gelu in place of the activation, also under jaxrelu",
+    "autoencoder": "an autoencoder of one hidden layer, 4 times as wide as its input",
     "conv": "convolutions with a bias",
     "conv_norm": "convolutions with BatchNorm",
     "mobilenet": "MobileNetV2's blocks",
@@ -50,6 +52,7 @@ _TERMS = {
     "nnx": "an Adam step of the mlp in Flax nnx",
     "elu_output": 'elu(save="output")',
     "jax.nn": "the same with jax.nn's function, or Flax's for prelu",
+    "lean": "as jax.nn, under jaxrelu.memory.lean",
     "floor": "the same without an activation",
     "copy": "a copy of the array, by NumPy on the CPU",
     "torch": "PyTorch",
@@ -140,7 +143,11 @@ def _beside(key: tuple[Any, ...], peers: Mapping[str, Record], rows: Rows) -> di
     if key[1] in ("expm1", "exp"):
         return {"polynomial": peers.get("polynomial"), "jnp": peers.get("jnp")}
     floor = peers.get("identity", rows.get((*key[:3], None, *key[4:]), {}).get("identity"))
-    return {"jaxrelu": peers.get("jaxrelu"), "jax.nn": peers.get("flax", peers.get("jax.nn")), "floor": floor, **copy}
+    return {"jaxrelu": peers.get("jaxrelu"), "jax.nn": _reference(peers), "floor": floor, **copy}
+
+
+def _reference(peers: Mapping[str, Record]) -> Record | None:
+    return peers.get("flax", peers.get("jax.nn"))
 
 
 def _figures(key: tuple[Any, ...], peers: Mapping[str, Record], rows: Rows) -> dict[str, str]:
@@ -149,9 +156,35 @@ def _figures(key: tuple[Any, ...], peers: Mapping[str, Record], rows: Rows) -> d
     cells = {ours: _figure(first), "spread": _seconds(first["spread"]) if first and first["spread"] is not None else ""}
     for name, record in others:
         cells |= {name: _figure(record), f"{ours}/\n{name}": _ratio(first, record)}
+    if lean := peers.get("lean"):
+        cells |= {"lean": _figure(lean), "lean/\njax.nn": _ratio(lean, _reference(peers))}
     expert = next((record for peer, record in peers.items() if peer.endswith("+checkpoint")), None)
     fusions = [str(r["fusions"]) for r in (first, *(record for _, record in others[:1])) if r and "fusions" in r]
     return cells | {"+ckpt": _figure(expert), "fusions": ", ".join(fusions)}
+
+
+def print_ratios(records: Iterable[Record]) -> None:
+    """Prints a table of memory in Markdown: for each network that with jaxrelu, and under lean, divided by jax.nn's.
+
+    Of each device and dtype the table has the first activation that was measured there.
+    """
+    columns: dict[tuple[str, str], dict[str, str]] = {}
+    first: dict[tuple[str, str], str] = {}
+    for key, peers in group(records).items():
+        place, reference = (key[0], key[4]), _reference(peers)
+        if key[1] == "memory" and reference and first.setdefault(place, key[3]) == key[3]:
+            ratios = [_ratio(peers.get(peer), reference).removeprefix("0") for peer in ("jaxrelu", "lean")]
+            columns.setdefault(place, {})[key[2]] = " / ".join(filter(None, ratios))
+    # the last word of "h200 cuBLAS, compiled ahead of time", and "f32" for float32, so that the table is narrow
+    heads = [f"{device.split(',')[0].split()[-1]} {_SHORT.get(dtype, dtype)}" for device, dtype in columns]
+    table = [["jaxrelu / lean", *heads], ["---"] * (1 + len(heads))]
+    for network in dict.fromkeys(name for column in columns.values() for name in column):
+        table.append([network, *(column.get(network, "") for column in columns.values())])
+    for cells in table:
+        print(f"| {' | '.join(cells)} |")
+
+
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 def _size(size: int | None) -> str:
@@ -177,7 +210,7 @@ def _ratio(a: Record | None, b: Record | None) -> str:
 
 
 # colours of Okabe and Ito, which people with any kind of colour vision can tell apart
-_BARS = (("jaxrelu", "#0072B2"), ("jax.nn (Flax for prelu)", "#E69F00"), ("no activation", "#999999"))
+_BARS = (("jax.nn (Flax for prelu)", "#E69F00"), ("jaxrelu", "#0072B2"), ("jax.nn under lean", "#009E73"))
 
 
 def plot_memory(records: Sequence[Record], path: Path) -> None:
@@ -200,7 +233,7 @@ def plot_memory(records: Sequence[Record], path: Path) -> None:
     for device in dict.fromkeys(key[0] for key in rows if key[3]):
         same = next(key[3:] for key in rows if key[0] == device and key[3])
         chosen = {key: peers for key, peers in rows.items() if key[0] == device and key[3:] == same}
-        groups = {key[2]: list(_beside(key, peers, rows).values())[:3] for key, peers in chosen.items()}
+        groups = {key[2]: [_reference(peers), peers.get("jaxrelu"), peers.get("lean")] for key, peers in chosen.items()}
         title = f"{same[0]}, {same[1]}, {_size(same[2])} elements"
         if len(groups) == 1:
             [(network, bars)] = groups.items()
@@ -217,11 +250,14 @@ def plot_memory(records: Sequence[Record], path: Path) -> None:
         axes = part.subplots(len(column), height_ratios=heights, squeeze=False)[:, 0]
         for axis, title in zip(axes, column, strict=True):
             for i, (label, color) in enumerate(_BARS):
-                bars = [(n, value(r) / 2**20) for n, found in enumerate(panels[title].values()) if (r := found[i])]
-                axis.barh([n + 0.28 * (i - 1) for n, _ in bars], [v for _, v in bars], 0.26, color=color, label=label)
-            for n, (ours, reference, _) in enumerate(panels[title].values()):
-                if ours:
-                    axis.text(value(ours) / 2**20, n - 0.28, f" {_ratio(ours, reference)}", va="center", fontsize=8)
+                bars = [
+                    (n + 0.28 * (i - 1), value(r) / 2**20, _ratio(r, found[0]) if i else "")
+                    for n, found in enumerate(panels[title].values())
+                    if (r := found[i])
+                ]
+                axis.barh([y for y, *_ in bars], [size for _, size, _ in bars], 0.26, color=color, label=label)
+                for y, size, ratio in bars:
+                    axis.text(size, y, f" {ratio}", va="center", fontsize=7)
             axis.set_yticks(range(len(panels[title])), list(panels[title]), fontsize=9)
             axis.set_ylim(len(panels[title]) - 0.4, -0.6)
             axis.margins(x=0.1)  # room for the ratio beside the longest bar
@@ -229,7 +265,7 @@ def plot_memory(records: Sequence[Record], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
-    title = "Temporary memory of one gradient or training step, in MiB\nbeside a bar: jaxrelu's divided by jax.nn's"
+    title = "Temporary memory of one gradient or training step, in MiB\nbeside a bar: its memory divided by jax.nn's"
     figure.suptitle(title, fontsize=10)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150)

@@ -18,8 +18,9 @@ from jax import Array
 
 from jaxrelu.benchmark import children, polynomial
 from jaxrelu.benchmark.networks import EXPERT, adam, adam_step, build, values
-from jaxrelu.benchmark.peers import PEERS, SLOPE, identity
+from jaxrelu.benchmark.peers import PEERS, SLOPE, Activation, identity
 from jaxrelu.diagnostics import observe
+from jaxrelu.memory import lean
 
 __all__ = [
     "Timing",
@@ -222,12 +223,17 @@ def training_step(
 ) -> dict[str, Timing]:
     """Times an Adam step of a network that has a loss, by peer."""
     row = PEERS[activation]
-    peers = {"jaxrelu": (row.ours, False), row.peer: (row.reference, False), "identity": (identity, False)}
+    peers: dict[str, tuple[Activation, dict[str, Any]]] = {
+        "jaxrelu": (row.ours, {}),
+        row.peer: (row.reference, {}),
+        "lean": (row.reference, {"around": lean}),
+        "identity": (identity, {}),
+    }
     if name in EXPERT:
-        peers[f"{row.peer}+checkpoint"] = (row.reference, True)
+        peers[f"{row.peer}+checkpoint"] = (row.reference, {"expert": True})
     calls: dict[str, Call] = {}
-    for peer, (function, expert) in peers.items():
-        network = build(name, function, batch, width, dtype, layers=layers, expert=expert)
+    for peer, (function, how) in peers.items():
+        network = build(name, function, batch, width, dtype, layers=layers, **how)
         assert network.loss is not None
         parameters, x = values(network.arguments)
         calls[peer] = _repeating(adam_step(network.loss), parameters, x)
