@@ -156,8 +156,8 @@ def _figures(key: tuple[Any, ...], peers: Mapping[str, Record], rows: Rows) -> d
     cells = {ours: _figure(first), "spread": _seconds(first["spread"]) if first and first["spread"] is not None else ""}
     for name, record in others:
         cells |= {name: _figure(record), f"{ours}/\n{name}": _ratio(first, record)}
-    if lean := peers.get("lean"):
-        cells |= {"lean": _figure(lean), "lean/\njax.nn": _ratio(lean, _reference(peers))}
+    lean = peers.get("lean")
+    cells |= {"lean": _figure(lean), "lean/\njax.nn": _ratio(lean, _reference(peers))}
     expert = next((record for peer, record in peers.items() if peer.endswith("+checkpoint")), None)
     fusions = [str(r["fusions"]) for r in (first, *(record for _, record in others[:1])) if r and "fusions" in r]
     return cells | {"+ckpt": _figure(expert), "fusions": ", ".join(fusions)}
