@@ -1,4 +1,4 @@
-"""`lean`: a function whose gradient keeps one array a matrix product or convolution. `compare`: what that gains."""
+"""`lean`: a function whose gradient keeps one array for each product; `compare`: what that gains."""
 
 import contextlib
 import math

@@ -152,7 +152,7 @@ def _keep(x: Array) -> Array:
     """Returns x, as an array that its region keeps.
 
     XLA computes a cheap array again in each kernel that reads it, even if it is in memory: in a residual mlp of 8 layers in
-    float32 on the CPU all products were kept for that: 120 MiB without the barrier, 72 with it (jax 0.12; test_lean.py).
+    float32 on the CPU all products were kept for that: 120 MiB without the barrier, 72 with it (jax 0.12; test_memory.py).
     """
     return _barrier(checkpoint_name(x, _KEPT))
 
@@ -227,8 +227,9 @@ class _Plan:
     """How a program without calls by jit runs: its equations in groups, and which variables are kept.
 
     An equation is of one of these kinds. Each region may compute what is "early" anew: it is computed from arguments, and
-    has no gradient or changes the layout only. "product", "costly" and "cheap" run in regions; the results of the first two
-    are not computed again. What is "alone" runs outside regions as it stands.
+    has no gradient or changes the layout only. "once" is what would be early if it were cheap, such as random bits.
+    "product", "costly" and "cheap" run in regions; the results of the first two are not computed again. What is "alone" runs
+    outside regions as it stands.
     """
 
     def __init__(self, scope: Scope, loop: bool, carried: set[core.Var]) -> None:
