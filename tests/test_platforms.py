@@ -41,7 +41,7 @@ def test_tpu_memory_is_no_more_than_the_reference(platform, tmp_path):
 
 def test_h200(tmp_path):
     # blocks jitted one by one compile to the mlp; the other networks are in the published figures
-    rows = measured("h200", tmp_path, "--networks=mlp", "--layers=4")
+    rows = measured("h200", tmp_path, "--networks=mlp", "--layers=6")
     rows |= measured("h200", tmp_path, "--networks=residual", "--activations=relu")
     found, leaned = ratios(rows), of_the_smaller(rows)
     assert len(found) == len(leaned) == 2 * 2 * (6 + 1)
