@@ -116,28 +116,33 @@ def _flat(scope: Scope, args: Sequence[Any]) -> Any:
 class _Exchanger(Visitor):
     """Runs relu and relu6 by the functions of this package."""
 
-    def __init__(self, scope: Scope) -> None:
-        """Takes the program."""
-        self._found = {
-            v: (activation.z, functions.relu if activation.name == "relu" else functions.relu6)
-            for v, activation in _alike(scope, "relu", "relu6")
-            if v.aval.dtype.itemsize >= 4  # in 16 bits those of jax.nn take no more
-        }
+    def __init__(self) -> None:
+        self._known: dict[Scope, dict[Any, tuple[Any, Callable[[Array], Array]]]] = {}
+
+    def _found(self, scope: Scope) -> dict[Any, tuple[Any, Callable[[Array], Array]]]:
+        """Returns pre-activation and function by result."""
+        if scope not in self._known:
+            self._known[scope] = {
+                v: (activation.z, functions.relu if activation.name == "relu" else functions.relu6)
+                for v, activation in _alike(scope, "relu", "relu6")
+                if v.aval.dtype.itemsize >= 4  # in 16 bits those of jax.nn take no more
+            }
+        return self._known[scope]
 
     def names(self, eqn: core.JaxprEqn, scope: Scope) -> list[str] | None:
-        return [] if self._found.keys().isdisjoint(eqn.outvars) else ["rectifier"]
+        return None if self._found(scope).keys().isdisjoint(eqn.outvars) else ["rectifier"]
 
     def reads(self, eqn: core.JaxprEqn, scope: Scope) -> Sequence[Any]:
-        return [self._found[v][0] for v in eqn.outvars if v in self._found]
+        return [self._found(scope)[v][0] for v in eqn.outvars if v in self._found(scope)]
 
     def visit(self, eqn: core.JaxprEqn, scope: Scope) -> Step:
-        return lambda *args: ([self._found[eqn.outvars[0]][1](args[-1])], [])
+        function = self._found(scope)[eqn.outvars[0]][1]
+        return lambda *args: ([function(args[-1])], [])
 
 
 def exchanged(scope: Scope, args: Sequence[Any]) -> Sequence[Any]:
     """Runs a program with relu and relu6 of this package, which take less memory by themselves than those of jax.nn."""
-    flat = Scope(_flat(scope, args))
-    return interpreted(flat, _Exchanger(flat))(*args)[0]
+    return interpreted(scope, _Exchanger())(*args)[0]
 
 
 def planned(scope: Scope, args: Sequence[Any]) -> Sequence[Any]:
