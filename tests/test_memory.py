@@ -42,7 +42,7 @@ def lean_beside(found):
     if not PLANS:
         return ratios(found, peer="lean")
     # known: here jaxrelu's own rules take less than what lean makes of the reference; lean keeps the exact derivative of elu
-    known = {("scan", "prelu"), ("autoencoder", "prelu")}
+    known = {("scan", "prelu"), ("autoencoder", "prelu"), ("checkpoint", "prelu")}
     rows = {key: peers for key, peers in found.items() if (key[-3], key[-1]) in known or key[-1] == "elu_output"}
     return of_the_smaller(found) | ratios(rows, peer="lean")
 
