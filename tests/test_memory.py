@@ -99,9 +99,8 @@ def lean_here(network, dtype, layers=8):
         ("conv_norm", 8, 0.45, 0.35),
         pytest.param("conv", 8, 0.65, 0.6, marks=pytest.mark.slow),
         pytest.param("transformer", 8, 0.65, 0.6, marks=pytest.mark.slow),
-        # fewer layers than the published figures, as they show the same
+        # fewer layers than the published figures, as they show the same; of mobilenet, slow to compile, those tell
         pytest.param("resnet18", 4, 0.5, 0.35, marks=pytest.mark.slow),
-        pytest.param("mobilenet", 6, 0.5, 0.35, marks=pytest.mark.slow),
     ],
 )
 def test_lean_keeps_one_array_a_product(network, layers, float32, bfloat16):
