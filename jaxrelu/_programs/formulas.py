@@ -6,7 +6,6 @@ transposes, broadcasts and casts. The functions of this package, while `observe`
 """
 
 import functools
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from jaxrelu import functions
 from jaxrelu._lowering import portable
 from jaxrelu._programs import marks
 from jaxrelu._programs.interpreter import Scope, bodies
+from jaxrelu._programs.primitives import PRODUCTS, Axes, moved
 
 __all__ = ["DEFAULT", "NAMES", "Activation", "is_mapped", "layout", "recognized", "unit_axis"]
 
@@ -51,13 +51,8 @@ _FUNCTIONS: list[tuple[str, Callable[..., Any], list[float]]] = [
     ("leaky_relu", functions.leaky_relu_formula, [0.01]),
     ("elu_output", functools.partial(functions.elu, save="output"), []),
 ]
-_PRODUCTS = (lax.conv_general_dilated_p, lax.dot_general_p)
-_NOT_FOR_WEIGHTS = (*_PRODUCTS, lax.tanh_p, lax.logistic_p)  # nor custom_jvp functions
+_NOT_FOR_WEIGHTS = PRODUCTS | {"logistic", "tanh"}  # nor custom_jvp functions
 _COMMUTATIVE = (lax.add_p, lax.mul_p, lax.max_p, lax.min_p)
-# these change how an array is kept, and none of its numbers
-_UNCHANGED = ("copy", "copy_p", "name", "pcast", "pvary", "reshard", "sharding_constraint")
-
-Axes = tuple[int | None, ...]  # for each axis of a value, which axis of a part of it that is; None where the part has none
 
 
 class Place(NamedTuple):
@@ -100,8 +95,8 @@ class Place(NamedTuple):
                 return
             elif eqn.primitive.name in ("jit", "remat2"):
                 place = place.within()
-            elif (moved := _moved(eqn)) is not None:
-                place = Place(scope, eqn.invars[0], tuple(None if axis is None else moved[axis] for axis in axes))
+            elif (axes_moved := moved(eqn)) is not None:
+                place = Place(scope, eqn.invars[0], tuple(None if axis is None else axes_moved[axis] for axis in axes))
             else:
                 return
 
@@ -119,7 +114,7 @@ class Place(NamedTuple):
                 continue
             seen.add(last[:2])
             eqn = last.eqn
-            if atom in scope.carried or (eqn and (eqn.primitive in _NOT_FOR_WEIGHTS or bodies(eqn))):
+            if atom in scope.carried or (eqn and (eqn.primitive.name in _NOT_FOR_WEIGHTS or bodies(eqn))):
                 return False
             places += [last._replace(atom=v) for v in (eqn.invars if eqn else ())]
         return jnp.issubdtype(self.atom.aval.dtype, jnp.floating)
@@ -127,27 +122,6 @@ class Place(NamedTuple):
 
 def _whole(scope: Scope, atom: Any) -> Place:
     return Place(scope, atom, tuple(range(len(atom.aval.shape))))
-
-
-def _moved(eqn: Any) -> Axes | None:
-    """Returns which axis of its input each axis of an equation's output is, None for a new one; None if it computes."""
-    name, params, out = eqn.primitive.name, eqn.params, eqn.outvars[0].aval
-    shape: Any = eqn.invars[0].aval.shape if eqn.invars else ()
-    if name == "transpose":
-        return params["permutation"]
-    if name == "squeeze":
-        return tuple(axis for axis in range(len(shape)) if axis not in params["dimensions"])
-    if name == "broadcast_in_dim":
-        back = {axis: i for i, axis in enumerate(params["broadcast_dimensions"]) if shape[i] == out.shape[axis]}
-        return tuple(back.get(axis) for axis in range(len(out.shape)))
-    if name == "reshape":  # an axis is the same one if its size is, and the size of all before it
-        before = [(math.prod(shape[:i]), n) for i, n in enumerate(shape)]
-        after = [(math.prod(out.shape[:i]), n) for i, n in enumerate(out.shape)]
-        return tuple(before.index(x) if x in before else None for x in after)
-    floats = jnp.issubdtype(out.dtype, jnp.floating)
-    casts = name == "convert_element_type" and (floats or out.dtype == eqn.invars[0].aval.dtype)
-    marked = name == "split" and len(eqn.outvars) == 1
-    return tuple(range(len(shape))) if name in _UNCHANGED or casts or marked else None
 
 
 class Activation(NamedTuple):
@@ -306,7 +280,7 @@ def _behind(place: Place) -> Iterator[list[Place]]:
         seen.add(last[:2])
         yield copies
         eqn, ndim = last.eqn, len(last.atom.aval.shape)
-        if eqn is None or eqn.primitive in _PRODUCTS:
+        if eqn is None or eqn.primitive.name in PRODUCTS:
             continue
         if eqn.primitive is primitives.custom_jvp_call_p or eqn.primitive is primitives.cond_p:
             places.append(last.within())
@@ -331,7 +305,7 @@ def unit_axis(scope: Scope, z: Any) -> int | None:
         place = copies[-1]
         if place.eqn is None:
             bias += _units_of_bias(place) if steps else []  # z itself is none
-        elif place.eqn.primitive in _PRODUCTS:
+        elif place.eqn.primitive.name in PRODUCTS:
             axes, certain = _outputs_of_product(place)
             units = [i for i, axis in enumerate(place.axes) if axis in axes][-1:]
             if units and certain:
@@ -366,7 +340,7 @@ def _outputs_of_product(place: Place) -> tuple[list[int], bool]:
     first = left and (not right or (mapped and (constant[0] if constant[0] != constant[1] else last)))
     if first and not right:  # adjacency @ (x @ w), and x @ (w + p @ q): the units are those of the product inside
         behind = (copies[-1] for copies in _behind(operands[1]))
-        inner = next((p for p in behind if p.eqn is not None and p.eqn.primitive in _PRODUCTS), None)
+        inner = next((p for p in behind if p.eqn is not None and p.eqn.primitive.name in PRODUCTS), None)
         units = _outputs_of_product(inner)[0] if inner else []
         rest = [axis for axis in range(ranks[1]) if axis not in (*contracted[1], *batch[1])]
         if inner and (axes := [i for i, axis in enumerate(rest) if inner.axes[axis] in units]):

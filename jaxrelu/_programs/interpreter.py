@@ -1,7 +1,7 @@
 """An interpreter of jaxprs, the programs that JAX traces, driven by a visitor.
 
 It runs a program equation by equation, enters what an equation calls (jit, scan, remat, cond, shard_map; one `_enter_...`
-function for each), and brings out what a visitor finds there. All knowledge of the parameters of JAX's primitives is here.
+function for each), and brings out what a visitor finds there. What is known of the primitives that call programs is here.
 """
 
 import contextlib
@@ -18,7 +18,23 @@ from jax import lax
 from jax.extend import core
 from jax.sharding import PartitionSpec, Sharding
 
-__all__ = ["Found", "Scope", "Step", "Visitor", "bind", "bodies", "called", "interpreted", "live", "names_in", "origin"]
+__all__ = [
+    "Found",
+    "Scope",
+    "Step",
+    "Visitor",
+    "bind",
+    "bodies",
+    "called",
+    "context",
+    "entered",
+    "interpreted",
+    "live",
+    "named_scopes",
+    "names_in",
+    "opened",
+    "origin",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -187,7 +203,7 @@ def interpreted(scope: Scope, visitor: Visitor) -> Step:
     def reads(eqn: core.JaxprEqn) -> Sequence[Any]:
         return [*eqn.invars, *visitor.reads(eqn, scope)]
 
-    steps = [(eqn, _named_scope(eqn), _step(eqn, scope, visitor), reads(eqn), unread) for eqn, unread in live(jaxpr, reads)]
+    steps = [(eqn, named_scopes(eqn), _step(eqn, scope, visitor), reads(eqn), unread) for eqn, unread in live(jaxpr, reads)]
 
     def run(*args: Any) -> tuple[list[Any], list[Found]]:
         env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *args), strict=True))
@@ -197,7 +213,7 @@ def interpreted(scope: Scope, visitor: Visitor) -> Step:
             return v.val if isinstance(v, core.Literal) else env[v]
 
         for eqn, around, step, inputs, unread in steps:
-            with context(eqn):
+            with context(eqn, around):
                 outs, found = step(*map(read, inputs))
             env.update(zip(eqn.outvars, outs, strict=True))
             for v in unread:
@@ -209,14 +225,13 @@ def interpreted(scope: Scope, visitor: Visitor) -> Step:
 
 
 @contextlib.contextmanager
-def context(eqn: core.JaxprEqn) -> Generator[None]:
-    """Returns a context like that in which an equation was traced."""
-    around = _named_scope(eqn)
+def context(eqn: core.JaxprEqn, around: str) -> Generator[None]:
+    """Returns a context like that in which an equation was traced, with these named scopes."""
     with jax.named_scope(around) if around else contextlib.nullcontext(), eqn.ctx.manager:
         yield
 
 
-def _named_scope(eqn: core.JaxprEqn) -> str:
+def named_scopes(eqn: core.JaxprEqn) -> str:
     """Returns the named scopes around an equation without JAX's transformations: mlp/hidden1 for "vmap(mlp)/hidden1"."""
     return re.sub(r"\w+\(|\)", "", str(eqn.source_info.name_stack)).strip("/").replace("//", "/")
 
@@ -345,7 +360,7 @@ def _enter_shard_map(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> Step
 
 
 def entered(eqn: core.JaxprEqn, scope: Scope, visitor: Visitor) -> Step:
-    """Returns an equation of ENTERED as a function that runs what it calls as the visitor says."""
+    """Returns an equation that calls programs, one of _ENTER, as a function that runs these as the visitor says."""
     return _ENTER[eqn.primitive.name](eqn, scope, visitor)
 
 

@@ -13,10 +13,9 @@ again, but never computes a product, a reduction, a collective or a random numbe
 """
 
 import graphlib
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,45 +36,25 @@ from jaxrelu._programs.interpreter import (
     context,
     entered,
     interpreted,
+    named_scopes,
     names_in,
-    opened,
+)
+from jaxrelu._programs.primitives import (
+    LAYOUT,
+    LEFT_ALONE,
+    PRODUCTS,
+    READ_THEIR_RESULT,
+    is_cheap,
+    is_complex,
+    is_float,
+    read_by_derivative,
+    size_of,
 )
 
 __all__ = ["exchanged", "planned"]
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
 _KEPT = "jaxrelu.kept"  # the name of an array that a region keeps
-_PRODUCTS = _names("conv_general_dilated dot_general ragged_dot_general")
-# these change how one array is laid out or stored
-_LAYOUT = _names(
-    """broadcast_in_dim convert_element_type copy copy_p iota name pcast pvary reduce_precision reshape reshard rev
-    sharding_constraint squeeze transpose"""
-)
-# the derivative of these reads none of those inputs that have a derivative themselves
-_LINEAR = _LAYOUT | _names(
-    """add add_any all_gather all_to_all concatenate cumsum dynamic_slice dynamic_update_slice gather neg pad ppermute psum
-    psum_invariant reduce_scatter reduce_sum select_n slice split stop_gradient sub"""
-)
-# the derivative of these reads their result alone
-_READ_THEIR_RESULT = _names("exp logistic tanh")
-# what is computed again
-_CHEAP = (
-    _LAYOUT
-    | _READ_THEIR_RESULT
-    | _names(
-        """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp concatenate cos
-        cosh custom_jvp_call div dynamic_slice dynamic_update_slice eq erf erf_inv erfc exp2 expm1 floor gather ge gt imag
-        integer_pow is_finite jit le log log1p lt max min mul ne neg nextafter not or pad pow real rem round rsqrt select_n
-        shift_left shift_right_arithmetic shift_right_logical sign sin sinh slice split sqrt square stop_gradient sub
-        tan xor"""
-    )
-)
-# what runs outside regions as it stands, besides what has effects or calls other programs
-_LEFT_ALONE = _names("custom_vjp_call ffi_call pure_callback")
 _MEMBERS = ("product", "costly", "cheap")  # the kinds of equations that run in regions
 _ENTERED = ("cond", "scan", "shard_map")  # what these call is planned too
 
@@ -94,7 +73,7 @@ class _Planner(Visitor):
     """Plans the programs that an equation calls, such as the body of a scan."""
 
     def names(self, eqn: core.JaxprEqn, scope: Scope) -> list[str] | None:
-        return ["product"] if eqn.primitive.name in _PRODUCTS else None
+        return ["product"] if eqn.primitive.name in PRODUCTS else None
 
     def program(self, scope: Scope) -> Step:
         def run(*args: Any) -> tuple[Sequence[Any], list[Found]]:
@@ -172,40 +151,25 @@ def _barrier_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
     return _barrier(*primals), tangents[0]
 
 
-class _Rectifier(NamedTuple):
-    """An activation whose derivative can be computed from its result.
-
-    Attributes:
-        z: the variable of the pre-activation.
-        kept: the function, whose result is kept and is all that its derivative reads.
-        parts: the results of the equations between z and the result.
-    """
-
-    z: core.Var
-    kept: Callable[[Array], Array]
-    parts: frozenset[core.Var]
-
-
 def _alike(scope: Scope, *names: str) -> Iterator[tuple[Any, Activation]]:
     """Yields the activations whose results have the layout of their pre-activations, and are in their dtype throughout."""
     results: Any = recognized(scope, names)
     for v, activation in results.items():
         axes = tuple(range(v.aval.ndim))
-        dtypes = {w.aval.dtype for w in (v, activation.z, *activation.parts) if _is_float(w)}
+        dtypes = {w.aval.dtype for w in (v, activation.z, *activation.parts) if is_float(w)}
         if len(dtypes) == 1 and (activation.axes or [axes])[0] == axes:
             yield v, activation
 
 
-def _rectifiers(scope: Scope) -> dict[core.Var, _Rectifier]:
-    """Returns by their results the activations whose derivative is a function of the result."""
-    found = dict[core.Var, _Rectifier]()
+def _rectifiers(scope: Scope) -> dict[core.Var, tuple[Activation, Callable[[Array], Array]]]:
+    """Returns by their results the activations whose derivative is a function of the result, and how to run them."""
+    found = dict[core.Var, tuple[Activation, Callable[[Array], Array]]]()
     for v, activation in _alike(scope, "relu", "relu6", "leaky_relu", "elu_output"):
         numbers = [float(a.val) for a in activation.arguments if isinstance(a, core.Literal)]
         # result and pre-activation have the same sign, but for a small result of leaky_relu that 16 bits round to 0
         exact = activation.name != "leaky_relu" or v.aval.dtype.itemsize >= 4
         if exact and len(numbers) == len(activation.arguments) and all(number > 0 for number in numbers):
-            kept = _from_result(activation.function, numbers, activation.name == "elu_output")
-            found[v] = _Rectifier(activation.z, kept, activation.parts)
+            found[v] = activation, _from_result(activation.function, numbers, activation.name == "elu_output")
     return found
 
 
@@ -245,7 +209,7 @@ class _Plan:
         self._maker = {v: i for i, eqn in enumerate(self._eqns) for v in eqn.outvars}
         self._outputs = {v for v in scope.jaxpr.outvars if isinstance(v, core.Var)}
         self._rectifiers = _rectifiers(scope)
-        self._active = {v for v in (*scope.jaxpr.constvars, *scope.jaxpr.invars) if _is_float(v)}  # has a derivative
+        self._active = {v for v in (*scope.jaxpr.constvars, *scope.jaxpr.invars) if is_float(v)}  # has a derivative
         self._kinds, self._at = list[str](), list[int]()  # kind and level of each equation
         self._level = dict[core.Var, int]()  # of variables that are neither arguments nor early
         self._classify()
@@ -257,21 +221,21 @@ class _Plan:
     def _classify(self) -> None:
         uses = Counter(v for inputs in (*self._inputs, self._outputs) for v in inputs)
         for eqn, inputs in zip(self._eqns, self._inputs, strict=True):
-            name, cheap = eqn.primitive.name, _is_cheap(eqn)
+            name, cheap = eqn.primitive.name, is_cheap(eqn)
             if name != "stop_gradient" and not self._active.isdisjoint(inputs):
-                self._active.update(filter(_is_float, eqn.outvars))
+                self._active.update(filter(is_float, eqn.outvars))
             level = max((self._level[v] for v in inputs if v in self._level), default=-1)
             source = self._maker.get(inputs[0]) if inputs else None
-            if level < 0 and not eqn.effects and (self._active.isdisjoint(eqn.outvars) or name in _LAYOUT):
+            if level < 0 and not eqn.effects and (self._active.isdisjoint(eqn.outvars) or name in LAYOUT):
                 self._kinds.append("early" if cheap else "once")
                 self._at.append(-1)
                 continue
             if source is not None and self._kinds[source] == "product" and uses[inputs[0]] == 1 and _completes(eqn):
                 kind, level = "product", self._at[source]
-            elif name in _PRODUCTS and not _is_complex(eqn.outvars[0]):
+            elif name in PRODUCTS and not is_complex(eqn.outvars[0]):
                 kind, level = "product", max(level, 0)
             else:
-                left = eqn.effects or bodies(eqn) or name in _LEFT_ALONE or any(map(_is_complex, (*inputs, *eqn.outvars)))
+                left = eqn.effects or bodies(eqn) or name in LEFT_ALONE or any(map(is_complex, (*inputs, *eqn.outvars)))
                 costly = "alone" if left else "costly"
                 kind, level = "cheap" if cheap else costly, max(level, 0)
             self._kinds.append(kind)
@@ -280,33 +244,24 @@ class _Plan:
 
     def _read_by_derivatives(self) -> set[tuple[core.Var, int]]:
         """Returns the variables that derivatives read, and at which level."""
-        parts = {v for rectifier in self._rectifiers.values() for v in rectifier.parts}
+        parts = {v for activation, _ in self._rectifiers.values() for v in activation.parts}
         needed = set[tuple[core.Var, int]]()
-        for eqn, inputs, at in zip(self._eqns, self._inputs, self._at, strict=True):
+        for eqn, at in zip(self._eqns, self._at, strict=True):
             if not self._active.isdisjoint(eqn.outvars) and not parts.issuperset(eqn.outvars):
-                needed.update((v, at) for v in self._reads(eqn, inputs))
+                needed.update((v, at) for v in self._reads(eqn))
         return needed
 
-    def _reads(self, eqn: core.JaxprEqn, inputs: Sequence[core.Var]) -> Sequence[core.Var]:
-        name, active = eqn.primitive.name, [isinstance(v, core.Var) and v in self._active for v in eqn.invars]
-        if eqn.outvars[0] in self._rectifiers:
-            # in a loop JAX keeps a mask, of one byte a number, of one whose result is not kept anyway
-            return [] if self._loop else eqn.outvars[:1]
-        if name in _READ_THEIR_RESULT:
-            return eqn.outvars
-        if name in _LINEAR:
-            return [v for v in inputs if v not in self._active]
-        if name in ("mul", "dot_general", "conv_general_dilated"):
-            return [v for v, other in zip(eqn.invars, active[::-1], strict=True) if other and isinstance(v, core.Var)]
-        if name == "div" and not active[1]:
-            return [v for v in eqn.invars[1:] if isinstance(v, core.Var)]
-        return inputs
+    def _reads(self, eqn: core.JaxprEqn) -> Sequence[core.Var]:
+        if eqn.outvars[0] not in self._rectifiers:
+            return read_by_derivative(eqn, self._active)
+        # in a loop JAX keeps a mask, of one byte a number, of one whose result is not kept anyway
+        return [] if self._loop else eqn.outvars[:1]
 
     def _cut(self) -> set[core.Var]:
         """Returns the fewest bytes of variables from which the others that derivatives read can be computed."""
         variables = [*self._carried, *self._maker]
         places = {v: 3 * i for i, v in enumerate(variables)}
-        sizes = np.array([_bytes(v) for v in variables], float)
+        sizes = np.array([size_of(v) for v in variables], float)
         costs = np.maximum(1, sizes / max(1.0, sizes.sum() / 2**28)).astype(int)  # SciPy takes 32 bits
         source, sink, edges = 3 * len(variables), 3 * len(variables) + 1, list[tuple[int, int, int]]()
 
@@ -385,7 +340,7 @@ class _Plan:
         inputs = list(dict.fromkeys(v for i in sorted(equations) for v in self._inputs[i] if v not in made))
         outputs = [v for i in group for v in self._eqns[i].outvars if v in read_elsewhere]
         saved = {self._eqns[i].primitive.name for i in group if self._kinds[i] in ("costly", "product")}
-        saved |= _READ_THEIR_RESULT & {self._eqns[self._maker[v]].primitive.name for v in made & self._kept}
+        saved |= READ_THEIR_RESULT & {self._eqns[self._maker[v]].primitive.name for v in made & self._kept}
 
         def region(*args: Any) -> list[Any]:
             inner = dict(zip(inputs, args, strict=True))
@@ -403,43 +358,24 @@ class _Plan:
             eqn = self._eqns[i]
             args = [v.val if isinstance(v, core.Literal) else env[v] for v in eqn.invars]
             kept = self._kept.intersection(eqn.outvars) if region and self._kinds[i] == "cheap" else set[core.Var]()
-            with context(eqn):
+            with context(eqn, named_scopes(eqn)):
                 if rectifiers := kept & self._rectifiers.keys():
                     v = rectifiers.pop()
-                    env[v] = self._rectifiers[v].kept(env[self._rectifiers[v].z])
+                    activation, run = self._rectifiers[v]
+                    env[v] = run(env[activation.z])
                     continue
                 if eqn.primitive.name in _ENTERED and names_in(eqn, self._scope, _Planner()):
                     outs, _ = entered(eqn, self._scope, _Planner())(*args)
                 else:
                     outs = bind(eqn, *args)
-                    if kept and eqn.primitive.name not in _READ_THEIR_RESULT:
+                    if kept and eqn.primitive.name not in READ_THEIR_RESULT:
                         outs = [_keep(out) if v in kept else out for v, out in zip(eqn.outvars, outs, strict=True)]
             env.update(zip(eqn.outvars, outs, strict=True))
 
 
-def _is_float(v: Any) -> bool:
-    return jnp.issubdtype(getattr(v.aval, "dtype", None) or jnp.bool, jnp.inexact)
-
-
-def _is_complex(v: Any) -> bool:
-    """Returns whether a variable has complex numbers: `jax.checkpoint` saves none."""
-    return jnp.issubdtype(getattr(v.aval, "dtype", None) or jnp.bool, jnp.complexfloating)
-
-
-def _bytes(v: Any) -> int:
-    """Returns the size of a variable; a size that is not known yet counts as 1."""
-    sizes = (n for n in getattr(v.aval, "shape", ()) if isinstance(n, int))
-    return math.prod(sizes) * getattr(getattr(v.aval, "dtype", None), "itemsize", 0)
-
-
-def _is_cheap(eqn: core.JaxprEqn) -> bool:
-    inside = (inner for body in bodies(eqn) for inner in opened(body).eqns)
-    return not eqn.effects and eqn.primitive.name in _CHEAP and all(map(_is_cheap, inside))
-
-
 def _completes(eqn: core.JaxprEqn) -> bool:
     """Returns whether an equation is a part of the product before it: the gradient comes in this layout or dtype."""
-    narrows = eqn.primitive.name == "convert_element_type" and _bytes(eqn.outvars[0]) < _bytes(eqn.invars[0])
+    narrows = eqn.primitive.name == "convert_element_type" and size_of(eqn.outvars[0]) < size_of(eqn.invars[0])
     return narrows or eqn.primitive.name == "transpose"
 
 
