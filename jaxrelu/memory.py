@@ -76,11 +76,10 @@ def lean(f: Callable[_P, _R], *, platform: str | None = None) -> Callable[_P, _R
             program, (out, left) = jax.make_jaxpr(function, return_shape=True)(*arrays)
             check_state("lean", f, program, left)
             scope = Scope(program)
-            if _returns_a_gradient(scope, scope.jaxpr.outvars[: len(scope.jaxpr.outvars) - len(left)]):
-                message = "lean: f returns a gradient, which is not made leaner; use jax.grad(lean(loss))"
-                warnings.warn(message, stacklevel=2)
-                return f(*args, **kwargs)
-            return returned(out, (planned if plans else exchanged)(scope, arrays))
+            if not _returns_a_gradient(scope, scope.jaxpr.outvars[: len(scope.jaxpr.outvars) - len(left)]):
+                return returned(out, (planned if plans else exchanged)(scope, arrays))
+        warnings.warn("lean: f returns a gradient, which is not made leaner; use jax.grad(lean(loss))", stacklevel=2)
+        return f(*args, **kwargs)
 
     return named_as(leaned, f)
 
