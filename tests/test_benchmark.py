@@ -555,7 +555,11 @@ def test_the_whole_unet_has_nine_pairs_of_convolutions_and_a_head():
 
 
 def test_peak_of_a_run(tmp_path, monkeypatch, capfd):
+    run = children.run
+
     def in_this_process(code, **environment):
+        if "'lean'" in code:  # the last would be given what this process has freed
+            return run(code, **environment)
         exec(code)
         return capfd.readouterr().out
 
@@ -570,12 +574,11 @@ def test_peak_of_a_run(tmp_path, monkeypatch, capfd):
     assert [(r["activation"], r["peer"]) for r in records] == [
         ("relu", "jaxrelu"),
         ("relu", "jax.nn"),
-        ("relu", "lean"),
         (None, "identity"),
+        ("relu", "lean"),
     ]
-    # two activations of 8 MiB are there at once; later peers may be given what this process has freed
-    assert all(r["temp_bytes"] >= 2**24 for r in records[:2])
-    assert all(r["temp_bytes"] < r["peak_bytes"] for r in records)
+    # two activations of 8 MiB are there at once
+    assert all(2**24 <= r["temp_bytes"] < r["peak_bytes"] for r in records)
     assert cli.main([f"--from={path}"]) == 0
     assert "the device's peak" in capfd.readouterr().out
 

@@ -139,7 +139,7 @@ class Plan:
     def _peak(self, activation: str, network: str, dtype: str) -> Iterator[Measures]:
         size = self.batch * self.width
         common = {"what": "peak", "network": network, "dtype": dtype, "size": size, "device": here()}
-        peers = ("jaxrelu", PEERS[activation].peer, "lean", "identity")
+        peers = ("jaxrelu", PEERS[activation].peer, "identity", "lean")
 
         def measured(peer: str) -> Measures | None:
             return children.peak_bytes(network, activation, peer, dtype, self.batch, self.width, self.layers)
